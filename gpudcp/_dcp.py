@@ -1,0 +1,77 @@
+"""The only room for private torch.distributed names: each is checked here, at import, and used under a public name.
+
+Tried with torch 2.13.0. A torch whose private names changed fails here with one clear sentence, not in mid-save.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+
+__all__ = [
+    "ExtensionRegistry",
+    "ItemExtras",
+    "ShardedTensor",
+    "StorageInfo",
+    "StreamTransformExtension",
+    "item_extras",
+    "set_element",
+    "storage_info",
+]
+
+_EXPECTED_FIELDS = ["relative_path", "offset", "length", "transform_descriptors"]
+
+if [field.name for field in dataclasses.fields(StorageInfo)] != _EXPECTED_FIELDS:
+    raise ImportError(
+        f"torch {torch.__version__}: the checkpoint's per-item storage record has the fields "
+        f"{[field.name for field in dataclasses.fields(StorageInfo)]}, this gpudcp knows {_EXPECTED_FIELDS}; "
+        "upgrade gpudcp, or use a torch that it names in its README"
+    )
+
+
+class ItemExtras(NamedTuple):
+    """What our own checkpoints hold of an item beside stock's record; all None in stock's."""
+
+    payload_offset: int | None
+    """First byte, in the file, of a payload that is the chunk's elements, row-major. None: find it in the item."""
+    dtype: torch.dtype | None
+    """Of that payload."""
+    crc32: int | None
+    """Of that payload or, where there is none, of the whole item. None: not computed."""
+
+
+def storage_info(relative_path: str, offset: int, length: int, extras: ItemExtras) -> StorageInfo:
+    """The record that ``.metadata`` holds of one item, in bytes of its file.
+
+    The extras ride along as attributes, which stock torch neither knows nor minds.
+    """
+    info = StorageInfo(relative_path, offset, length)
+    info.__dict__.update(gpudcp=tuple(extras))
+    return info
+
+
+def item_extras(info: StorageInfo) -> ItemExtras:
+    """The extras of a record, wherever it comes from.
+
+    Raises:
+        ValueError: they are not what this package writes.
+    """
+    values = info.__dict__.get("gpudcp")
+    if values is None:
+        return _NO_EXTRAS
+    payload_offset, dtype, crc32 = values
+    for number in (payload_offset, crc32):
+        if not (number is None or (type(number) is int and number >= 0)):
+            raise ValueError(f"{values!r} are no item extras")
+    if (payload_offset is None) != (dtype is None) or not isinstance(dtype, torch.dtype | None):
+        raise ValueError(f"{values!r} are no item extras")
+    return ItemExtras(payload_offset, dtype, crc32)
+
+
+_NO_EXTRAS = ItemExtras(None, None, None)

@@ -1,0 +1,134 @@
+"""Turn DCP write items into a save chunk plan. Pure: no I/O, no device, no clock."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.planner import WriteItem
+
+from gpudcp.errors import PlanError
+from gpudcp.formats.dtypes import is_savable
+from gpudcp.formats.envelope import Envelope, envelope_at
+
+
+class ChunkWrite(NamedTuple):
+    """One chunk of one tensor: an envelope around its elements, row-major, in the file's dtype."""
+
+    position: int
+    """Of its write item in the SavePlan."""
+    byte_offset: int
+    envelope: Envelope
+    dtype: torch.dtype
+    sizes: tuple[int, ...]
+
+    @property
+    def payload_offset(self) -> int:
+        return self.byte_offset + len(self.envelope.prefix)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.envelope.prefix) + self.envelope.payload_nbytes + len(self.envelope.suffix)
+
+
+class LiteralWrite(NamedTuple):
+    """Bytes that are known before the transfer: an object, or a tensor that no box describes."""
+
+    position: int
+    byte_offset: int
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveFilePlan:
+    """One file: its writes in file order, with zeros between them, cut into slabs of ``slab_nbytes``."""
+
+    path: str
+    """Relative to the checkpoint's directory."""
+    nbytes: int
+    slab_nbytes: int
+    writes: tuple[ChunkWrite | LiteralWrite, ...]
+
+    def __post_init__(self) -> None:
+        for before, after in pairwise(self.writes):
+            if before.byte_offset + before.nbytes > after.byte_offset:
+                raise PlanError(
+                    f"{self.path}: item {before.position} ends at byte {before.byte_offset + before.nbytes}, "
+                    f"item {after.position} starts at byte {after.byte_offset}"
+                )
+        if self.writes and (end := self.writes[-1].byte_offset + self.writes[-1].nbytes) > self.nbytes:
+            raise PlanError(f"{self.path}: items need {end} bytes, the file has {self.nbytes}")
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """Byte offset and length of each slab, in file order: they tile the file without a gap."""
+        for start in range(0, self.nbytes, self.slab_nbytes):
+            yield start, min(self.slab_nbytes, self.nbytes - start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SaveChunkPlan:
+    """Everything that one rank writes: the files, and every byte's place in them."""
+
+    files: tuple[SaveFilePlan, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def payload_nbytes(self) -> int:
+        return sum(
+            write.envelope.payload_nbytes if isinstance(write, ChunkWrite) else write.nbytes
+            for file in self.files
+            for write in file.writes
+        )
+
+
+def plan_save(
+    items: Sequence[WriteItem], literals: Mapping[int, bytes], *, path: str, slab_nbytes: int
+) -> SaveChunkPlan:
+    """Lay the items one after the other into one file, each payload aligned; no items, no file.
+
+    Args:
+        items: what to write; tensor items give the chunk's sizes and the file's dtype.
+        literals: ready bytes by position in ``items``, for those that are not tensor chunks.
+        path: the file's, relative to the checkpoint's directory.
+        slab_nbytes: bytes of one slab, a multiple of 4096.
+
+    Raises:
+        PlanError: an item has neither literal bytes nor a tensor's description, or a dtype that no torch can load.
+    """
+    writes: list[ChunkWrite | LiteralWrite] = []
+    cursor = 0
+    for position, item in enumerate(items):
+        if position in literals:
+            data = literals[position]
+            writes.append(LiteralWrite(position, cursor, data))
+            cursor += len(data)
+            continue
+        dtype, sizes = _described(item)
+        envelope = envelope_at(cursor, dtype, sizes)
+        writes.append(ChunkWrite(position, cursor, envelope, dtype, sizes))
+        cursor += len(envelope.prefix) + envelope.payload_nbytes + len(envelope.suffix)
+    if not writes:
+        return SaveChunkPlan(files=())
+    return SaveChunkPlan(
+        files=(SaveFilePlan(path=path, nbytes=cursor, slab_nbytes=slab_nbytes, writes=tuple(writes)),)
+    )
+
+
+def _described(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:
+    if item.tensor_data is None or item.tensor_data.chunk is None:
+        raise PlanError(f"{item.index.fqn}: the write item has no tensor_data with a chunk, and no bytes were resolved")
+    dtype = item.tensor_data.properties.dtype
+    if not is_savable(dtype):
+        raise PlanError(f"{item.index.fqn}: dtype {dtype} cannot be saved: torch.load reads no such tensor back")
+    # The chunk, not tensor_data.size: that is the size of the whole tensor.
+    return dtype, item.tensor_data.chunk.sizes

@@ -1,0 +1,1 @@
+"""Fulfil chunk plans: pack and write, read and unpack. An executor never decides what goes where."""

@@ -1,0 +1,362 @@
+"""The cpu executor: the reference for every other one, and their fallback. Host slabs, a thread pool, no device code.
+
+The calling thread packs and checksums (or unpacks), pool threads write (or read and checksum): they overlap, and memory
+is the slabs, whatever the model's size. Tensors on a device are copied piece by piece, synchronously.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from gpudcp.boxes import boxes_of_run
+from gpudcp.chunkplan.load import NO_DESTINATION, ChunkRead, LoadChunkPlan, PayloadCheck, Segment, SlabRead
+from gpudcp.chunkplan.save import LiteralWrite, SaveChunkPlan, SaveFilePlan
+from gpudcp.errors import CorruptCheckpointError
+from gpudcp.executors.base import FileReceipt, LoadTarget, SaveSource
+from gpudcp.executors.slabs import HostSlab
+from gpudcp.files.base import FileReader, FileWriter
+from gpudcp.formats.checksum import crc32, crc32_combine
+from gpudcp.formats.envelope import Envelope
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+from gpudcp.report import Stopwatch
+
+# Copied, then checksummed, while it is still in the core's cache.
+_CACHED_NBYTES = 256 << 10
+
+# Same-dtype copies move bits: as integers, so that dtypes without kernels of their own (float4, complex32) move too.
+_CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+
+class CpuExecutor:
+    """Packs into and unpacks from a ring of ``lanes`` host slabs."""
+
+    name = "cpu"
+
+    def __init__(self, *, lanes: int, threads: int, has_checksum: bool) -> None:
+        self._lanes = lanes
+        self._threads = threads
+        self._has_checksum = has_checksum
+
+    def save(
+        self,
+        plan: SaveChunkPlan,
+        source: SaveSource,
+        open_file: Callable[[SaveFilePlan], FileWriter],
+        stopwatch: Stopwatch,
+    ) -> list[FileReceipt]:
+        receipts: list[FileReceipt] = []
+        for file in plan.files:
+            with open_file(file) as writer:
+                with ThreadPoolExecutor(self._threads, "gpudcp-write") as pool:
+                    packer = _Packer(file, writer, pool, lanes=self._lanes, stopwatch=stopwatch)
+                    with stopwatch.phase("pack"):
+                        crcs = self._pack(file, source, packer)
+                    with stopwatch.phase("write"):
+                        packer.drain()
+                with stopwatch.phase("fsync"):
+                    writer.finish(file.nbytes)
+            receipts.append(FileReceipt(file.nbytes, crcs))
+        return receipts
+
+    def _pack(self, file: SaveFilePlan, source: SaveSource, packer: _Packer) -> list[int | None]:
+        crcs: list[int | None] = []
+        for write in file.writes:
+            packer.skip_to(write.byte_offset)
+            if isinstance(write, LiteralWrite):
+                packer.put_bytes(write.data)
+                crcs.append(crc32(write.data) if self._has_checksum else None)
+                continue
+            envelope, tensor = write.envelope, source.resolve(write.position)
+            if not _is_plain_memory(tensor, write.dtype):
+                packer.put_bytes(envelope.prefix)
+                crc = packer.put_tensor(tensor.detach(), write.dtype, 0 if self._has_checksum else None)
+                packer.put_bytes(envelope.suffix_with(crc or 0))
+            elif write.nbytes <= packer.room:
+                crc = packer.put_small(envelope, tensor.data_ptr(), has_checksum=self._has_checksum)
+            else:
+                packer.put_bytes(envelope.prefix)
+                crc = packer.put_memory(tensor.data_ptr(), envelope.payload_nbytes, 0 if self._has_checksum else None)
+                packer.put_bytes(envelope.suffix_with(crc or 0))
+            crcs.append(crc)
+        return crcs
+
+    def load(
+        self,
+        plan: LoadChunkPlan,
+        target: LoadTarget,
+        open_file: Callable[[str], FileReader],
+        stopwatch: Stopwatch,
+    ) -> None:
+        destinations = _Destinations(plan, target)
+        checksums = _Checksums(plan.checks)
+        slabs = [HostSlab(plan.slab_nbytes) for _ in range(min(self._lanes, len(plan.reads)))]
+        in_flight: deque[_ReadInFlight] = deque()
+        with ThreadPoolExecutor(self._threads, "gpudcp-read") as pool:
+
+            def finish_oldest() -> None:
+                done = in_flight.popleft()
+                with stopwatch.phase("read"):
+                    crcs = done.future.result()
+                checksums.add(done.read.segments, crcs)
+                with stopwatch.phase("unpack"):
+                    destinations.fill(done.read, done.slab if done.straight is None else None)
+                if done.slab is not None:
+                    slabs.append(done.slab)
+
+            try:
+                for read in plan.reads:
+                    if len(in_flight) == self._lanes:
+                        finish_oldest()
+                    with stopwatch.phase("resolve"):
+                        straight = destinations.straight_view(read) if read.is_straight else None
+                    slab = slabs.pop() if straight is None else None
+                    into = straight if slab is None else slab.view[: read.nbytes]
+                    future = pool.submit(_read_and_checksum, open_file(read.path), read, into)
+                    in_flight.append(_ReadInFlight(read, slab, straight, future))
+                while in_flight:
+                    finish_oldest()
+            finally:
+                # After an error: nothing may still be writing into a destination when the caller hears of it.
+                for left in in_flight:
+                    left.future.cancel()
+        with stopwatch.phase("unpack"):
+            destinations.commit_empty(plan.empty_positions)
+
+
+class _Packer:
+    """A cursor over one file: what is put goes into slabs, full slabs go to the pool."""
+
+    def __init__(
+        self, file: SaveFilePlan, writer: FileWriter, pool: ThreadPoolExecutor, *, lanes: int, stopwatch: Stopwatch
+    ) -> None:
+        self._writer = writer
+        self._pool = pool
+        self._stopwatch = stopwatch
+        self._slab_nbytes = file.slab_nbytes
+        nslabs = min(lanes, -(-file.nbytes // file.slab_nbytes))
+        self._free = [HostSlab(file.slab_nbytes) for _ in range(nslabs)]
+        self._in_flight: deque[tuple[Future[None], HostSlab]] = deque()
+        self._slab = self._free.pop()
+        self._start = 0  # of the slab, in the file
+        self._fill = 0  # bytes of the slab that are packed
+
+    @property
+    def room(self) -> int:
+        """Bytes left in the slab at hand."""
+        return self._slab_nbytes - self._fill
+
+    def skip_to(self, byte_offset: int) -> None:
+        """Zeros up to ``byte_offset``."""
+        if gap := byte_offset - self._start - self._fill:
+            self.put_bytes(bytes(gap))
+
+    def put_small(self, envelope: Envelope, address: int, *, has_checksum: bool) -> int | None:
+        """A whole item that fits into the slab at hand, with its payload's bytes from an address; returns their CRC-32."""
+        view, start = self._slab.view, self._fill
+        payload = start + len(envelope.prefix)
+        suffix = payload + envelope.payload_nbytes
+        self._fill = suffix + len(envelope.suffix)
+        view[start:payload] = envelope.prefix
+        ctypes.memmove(self._slab.address + payload, address, envelope.payload_nbytes)
+        crc = crc32(view[payload:suffix]) if has_checksum else None
+        view[suffix : self._fill] = envelope.suffix_with(crc or 0)
+        return crc
+
+    def put_bytes(self, data: bytes) -> None:
+        nbytes, taken = len(data), 0
+        while taken < nbytes:
+            count = min(nbytes - taken, self._usable())
+            self._slab.view[self._fill : self._fill + count] = data[taken : taken + count]
+            self._fill += count
+            taken += count
+
+    def put_memory(self, address: int, nbytes: int, crc: int | None) -> int | None:
+        """Bytes from an address; returns their CRC-32 appended to what gave ``crc``."""
+        while nbytes:
+            count = min(nbytes, self._usable(), _CACHED_NBYTES)
+            ctypes.memmove(self._slab.address + self._fill, address, count)
+            if crc is not None:
+                crc = crc32(self._slab.view[self._fill : self._fill + count], crc)
+            self._fill += count
+            address += count
+            nbytes -= count
+        return crc
+
+    def put_tensor(self, tensor: torch.Tensor, dtype: torch.dtype, crc: int | None) -> int | None:
+        """The elements of a tensor of any strides, dtype and device, row-major, cast to ``dtype``."""
+        done, numel = 0, tensor.numel()
+        if tensor.dtype == dtype and not (tensor.is_conj() or tensor.is_neg()):
+            dtype = _CARRIERS[dtype.itemsize]
+            tensor = tensor.view(dtype)
+        while done < numel:
+            # Payloads and slabs are aligned, so a slab ends between two elements.
+            count = min(numel - done, self._usable() // dtype.itemsize)
+            nbytes = count * dtype.itemsize
+            packed = self._slab.tensor[self._fill : self._fill + nbytes].view(dtype)
+            taken = 0
+            for offsets, lengths in boxes_of_run(tuple(tensor.shape), done, done + count):
+                box = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))]
+                packed[taken : taken + box.numel()].view(box.shape).copy_(box)
+                taken += box.numel()
+            if crc is not None:
+                crc = crc32(self._slab.view[self._fill : self._fill + nbytes], crc)
+            self._fill += nbytes
+            done += count
+        return crc
+
+    def drain(self) -> None:
+        """Send off the last slab and wait for every write."""
+        if self._fill:
+            self._send()
+        while self._in_flight:
+            self._in_flight.popleft()[0].result()
+
+    def _usable(self) -> int:
+        """The room in the slab at hand, which is a new one if the last is full."""
+        if self._fill == self._slab_nbytes:
+            self._send()
+            if not self._free:
+                with self._stopwatch.phase("wait for write"):
+                    future, slab = self._in_flight.popleft()
+                    future.result()
+                self._free.append(slab)
+            self._slab = self._free.pop()
+            self._start += self._slab_nbytes
+            self._fill = 0
+        return self.room
+
+    def _send(self) -> None:
+        # Whole blocks, as direct writes need them; what the last one has too much is cut off by `finish`.
+        nbytes = -(-self._fill // SLAB_ALIGNMENT_NBYTES) * SLAB_ALIGNMENT_NBYTES
+        future = self._pool.submit(self._writer.write, self._slab.view[:nbytes], self._start)
+        self._in_flight.append((future, self._slab))
+
+
+def _is_plain_memory(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether the tensor's bytes, from its address on, are what a file of this dtype holds."""
+    return (
+        tensor.dtype == dtype
+        and tensor.device.type == "cpu"
+        and tensor.is_contiguous()
+        and not (tensor.is_conj() or tensor.is_neg())
+    )
+
+
+class _ReadInFlight(NamedTuple):
+    read: SlabRead
+    slab: HostSlab | None
+    straight: memoryview | None
+    future: Future[list[int]]
+
+
+def _read_and_checksum(file: FileReader, read: SlabRead, into: memoryview) -> list[int]:
+    """Fill ``into`` and return the CRC-32 of each segment, taken while the bytes are still in the cache."""
+    if len(read.segments) == 1 and read.segments[0].nbytes == read.nbytes:
+        crc = 0
+        for start in range(0, read.nbytes, _CACHED_NBYTES):
+            block = into[start : start + _CACHED_NBYTES]
+            file.read(block, read.byte_offset + start)
+            crc = crc32(block, crc)
+        return [crc]
+    file.read(into, read.byte_offset)
+    return [crc32(into[s.slab_offset : s.slab_offset + s.nbytes]) for s in read.segments]
+
+
+class _Checksums:
+    """Combines the segments of each payload, in file order, and compares when the last one is there."""
+
+    def __init__(self, checks: tuple[PayloadCheck, ...]) -> None:
+        self._checks = checks
+        self._found: dict[int, tuple[int, int]] = {}
+
+    def add(self, segments: tuple[Segment, ...], crcs: list[int]) -> None:
+        for segment, crc in zip(segments, crcs, strict=True):
+            check = self._checks[segment.check]
+            nbytes = segment.nbytes
+            if segment.nbytes != check.payload_nbytes:
+                before, before_nbytes = self._found.pop(segment.check, (0, 0))
+                crc = crc32_combine(before, crc, segment.nbytes)
+                nbytes += before_nbytes
+                if nbytes != check.payload_nbytes:
+                    self._found[segment.check] = (crc, nbytes)
+                    continue
+            if crc != check.crc32:
+                raise CorruptCheckpointError(
+                    f"{check.path}: {check.fqn}: the {check.payload_nbytes} bytes at {check.payload_offset} have CRC-32 "
+                    f"{crc:#010x}, {check.crc32:#010x} was saved",
+                    path=check.path,
+                    fqn=check.fqn,
+                    expected_crc32=check.crc32,
+                    found_crc32=crc,
+                )
+
+
+class _Destinations:
+    """Resolves each destination before its first byte and commits it after its last."""
+
+    def __init__(self, plan: LoadChunkPlan, target: LoadTarget) -> None:
+        self._target = target
+        self._resolved: dict[int, torch.Tensor] = {}
+        self._missing: dict[int, int] = {}
+        for read in plan.reads:
+            for chunk in read.chunks:
+                self._missing[chunk.position] = self._missing.get(chunk.position, 0) + 1
+
+    def straight_view(self, read: SlabRead) -> memoryview | None:
+        """The destination's own memory, if the read's bytes can go there as they are."""
+        chunk = read.chunks[0]
+        if chunk.position == NO_DESTINATION:
+            return None
+        box = _box(self._tensor(chunk.position), chunk)
+        if not _is_plain_memory(box, chunk.dtype):
+            return None
+        return memoryview((ctypes.c_char * read.nbytes).from_address(box.data_ptr())).cast("B")
+
+    def fill(self, read: SlabRead, slab: HostSlab | None) -> None:
+        """The read is done: unpack it if it went into a slab, commit what is complete."""
+        for chunk in read.chunks:
+            position = chunk.position
+            if position == NO_DESTINATION:
+                continue
+            if slab is not None:
+                _unpack(slab, chunk.byte_offset - read.byte_offset, chunk, self._tensor(position))
+            self._missing[position] -= 1
+            if not self._missing[position]:
+                self._target.commit(position, self._resolved.pop(position))
+
+    def commit_empty(self, positions: tuple[int, ...]) -> None:
+        for position in positions:
+            self._target.commit(position, self._target.resolve(position))
+
+    def _tensor(self, position: int) -> torch.Tensor:
+        tensor = self._resolved.get(position)
+        if tensor is None:
+            tensor = self._resolved[position] = self._target.resolve(position)
+        return tensor
+
+
+def _box(tensor: torch.Tensor, chunk: ChunkRead) -> torch.Tensor:
+    if tensor.shape == chunk.lengths:
+        return tensor
+    return tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.lengths, strict=True))]
+
+
+def _unpack(slab: HostSlab, slab_offset: int, chunk: ChunkRead, tensor: torch.Tensor) -> None:
+    box = _box(tensor, chunk)
+    dtype = chunk.dtype
+    if chunk.is_dense and _is_plain_memory(box, dtype):
+        ctypes.memmove(box.data_ptr(), slab.address + slab_offset, chunk.nbytes)
+        return
+    packed = slab.tensor[slab_offset : slab_offset + chunk.nbytes]
+    if slab_offset % dtype.itemsize:
+        packed = packed.clone()  # stock files hold payloads at any byte; a typed view must start on an element
+    if box.dtype == dtype and not (box.is_conj() or box.is_neg()):
+        dtype = _CARRIERS[dtype.itemsize]
+        box = box.view(dtype)
+    box.copy_(packed.view(dtype).as_strided(chunk.lengths, chunk.strides))

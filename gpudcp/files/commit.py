@@ -1,0 +1,197 @@
+"""How a checkpoint becomes visible: file names, the lock, the atomic replacement of `.metadata`, the clean-up.
+
+At every instant the directory holds one whole checkpoint. Data files carry the id of their save, so an overwrite touches
+no file that the old `.metadata` names; `.metadata` is replaced in one rename, after everything that it names is on stable
+storage; only then the old files go.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import secrets
+import threading
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+
+from gpudcp.errors import CheckpointBusyError, TransferError
+from gpudcp.files.posix import fsync_directory
+
+_logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".gpudcp.lock"
+TEMPORARY_SUFFIX = ".tmp"
+_DATA_NAME = re.compile(r"__(?P<rank>\d+)_\d+(_(?P<save_id>[0-9a-f]{16}))?\.distcp")
+_METADATA_NAME = re.compile(r"(__\d+)?\.metadata")
+# What flock answers on file systems without locks, Lustre mounted without its flock option among them.
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def draw_save_id() -> str:
+    """A name for one save that no other save has: 64 random bits as 16 hexadecimal digits."""
+    return secrets.token_hex(8)
+
+
+def data_file_name(rank: int, number: int, save_id: str) -> str:
+    """The name of a rank's data file of one save."""
+    return f"__{rank}_{number}_{save_id}.distcp"
+
+
+def is_data_file_name(name: str, *, has_save_id: bool) -> bool:
+    """Whether a DCP writer names its data files so: ours with the id of the save, stock's without one."""
+    match = _DATA_NAME.fullmatch(name)
+    return match is not None and (match["save_id"] is not None) == has_save_id
+
+
+def metadata_file_name(rank: int | None) -> str:
+    """``.metadata``, or a rank's own where ranks save without collectives."""
+    return ".metadata" if rank is None else f"__{rank}.metadata"
+
+
+def make_directory(path: str, *, fsync: bool) -> None:
+    """Make the directory and its missing parents, each brought to stable storage in its own parent."""
+    missing = []
+    parent = os.path.abspath(path)
+    while not os.path.isdir(parent):
+        missing.append(parent)
+        parent = os.path.dirname(parent)
+    with _os_errors_named(path):
+        os.makedirs(path, exist_ok=True)
+        if fsync:
+            for made in reversed(missing):
+                fsync_directory(os.path.dirname(made))
+
+
+def replace_file(directory: str, name: str, data: bytes, *, fsync: bool) -> None:
+    """Put a file in place at once: a temporary file, fsynced, then renamed over ``name``, then the directory fsynced."""
+    path = os.path.join(directory, name)
+    temporary = path + TEMPORARY_SUFFIX
+    with _os_errors_named(path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                if fsync:
+                    os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+        if fsync:
+            fsync_directory(directory)
+
+
+def metadata_names(directory: str) -> list[str]:
+    """The names of every metadata file in the directory, of all ranks, sorted."""
+    return sorted(name for name in os.listdir(directory) if _METADATA_NAME.fullmatch(name))
+
+
+def stale_data_names(directory: str, *, rank: int | None) -> list[str]:
+    """Data files by our name pattern, with a save id: those a clean-up may remove unless some metadata names them.
+
+    ``rank`` limits them to those of one rank: what a rank may clean that saves without collectives.
+    """
+    found = []
+    for name in os.listdir(directory):
+        match = _DATA_NAME.fullmatch(name)
+        if match and match["save_id"] and (rank is None or int(match["rank"]) == rank):
+            found.append(name)
+    return sorted(found)
+
+
+def remove_files(directory: str, names: Collection[str], *, fsync: bool) -> None:
+    """Remove these and left-over temporary metadata files. A file that will not go is left for the next save."""
+    temporary = [
+        name
+        for name in os.listdir(directory)
+        if name.endswith(TEMPORARY_SUFFIX) and _METADATA_NAME.fullmatch(name.removesuffix(TEMPORARY_SUFFIX))
+    ]
+    for name in (*names, *temporary):
+        with suppress(OSError):
+            os.unlink(os.path.join(directory, name))
+    if fsync and (names or temporary):
+        with suppress(OSError):
+            fsync_directory(directory)
+
+
+class DirectoryLock:
+    """One save at a time into a directory: an flock on a file in it, so that a dead owner's lock is free at once.
+
+    A thread that asks again for a directory takes its own lock over: it can only be back because its first save failed
+    where no hook told the writer so. A lock that becomes garbage is released.
+    """
+
+    _held: weakref.WeakValueDictionary[str, DirectoryLock] = weakref.WeakValueDictionary()
+    _guard = threading.Lock()
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._thread = threading.get_ident()
+        self.release = weakref.finalize(self, _release_lock, fd, path, os.getpid())
+        """Let the directory go; a second call does nothing."""
+        # At exit the kernel frees the lock; running this in a forked child's exit would free the parent's.
+        self.release.atexit = False
+
+    @classmethod
+    def acquire(cls, directory: str) -> DirectoryLock:
+        """Hold the directory until ``release()``.
+
+        Raises:
+            CheckpointBusyError: another save, of any process, holds it.
+        """
+        path = os.path.join(os.path.realpath(directory), LOCK_NAME)
+        with cls._guard:
+            mine = cls._held.get(path)
+            if mine is not None and mine._thread == threading.get_ident():
+                mine.release()
+            with _os_errors_named(path):
+                lock = cls._held[path] = cls(path, _lock_file(path))
+            return lock
+
+
+def _lock_file(path: str) -> int:
+    while True:
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The owner before may have removed the file between our open and our lock.
+            with suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(fd).st_ino:
+                    return fd
+            os.close(fd)
+        except BlockingIOError:
+            os.close(fd)
+            raise CheckpointBusyError(
+                f"{os.path.dirname(path)}: another save into this directory is running (it holds {LOCK_NAME})"
+            ) from None
+        except OSError as err:
+            if err.errno in _NO_LOCKS_HERE:
+                _logger.warning("%s: this file system has no locks; two saves at once would not be refused", path)
+                return fd
+            os.close(fd)
+            raise
+
+
+def _release_lock(fd: int, path: str, owner_pid: int) -> None:
+    if os.getpid() != owner_pid:
+        return
+    with suppress(OSError):
+        os.unlink(path)
+    # By name, not only by close: a child forked in mid-save shares the descriptor, and would keep the lock.
+    with suppress(OSError):
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+@contextmanager
+def _os_errors_named(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        if isinstance(err, TransferError):
+            raise
+        raise TransferError(f"{path}: {err.strerror or err}", path=path, errno=err.errno) from err

@@ -1,0 +1,156 @@
+"""POSIX files: buffered, or direct (O_DIRECT) for writes. Short transfers go on, everything else raises."""
+
+from __future__ import annotations
+
+import errno
+import os
+from contextlib import suppress
+from types import TracebackType
+
+from gpudcp.errors import CheckpointNotFoundError, TransferError
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+
+
+class PosixWriter:
+    """A new file, which must not exist yet; leaving its context without `finish` removes it.
+
+    With ``is_direct`` the last, incomplete block is padded to 4096 bytes and cut off again by `finish`, which needs the
+    buffer behind ``data`` to be that long: slabs are.
+    """
+
+    def __init__(self, path: str, *, nbytes: int, is_direct: bool, fsync: bool) -> None:
+        self.path = path
+        self.is_direct = is_direct
+        self._fsync = fsync
+        self._is_finished = False
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | (os.O_DIRECT if is_direct else 0)
+        try:
+            self._fd = os.open(path, flags, 0o666)
+        except FileExistsError:
+            raise
+        except OSError as err:
+            raise _transfer_error(path, "cannot be created", err, byte_offset=0, expected=nbytes, moved=0) from err
+        if is_direct:
+            self._reserve(nbytes)
+
+    def _reserve(self, nbytes: int) -> None:
+        # Blocks allocated at once keep direct writes of large extents from waiting for the journal; a full disk is
+        # found before the first byte. Where a file system cannot do it, nothing is lost.
+        try:
+            os.posix_fallocate(self._fd, 0, max(nbytes, 1))
+        except OSError as err:
+            if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF):
+                self._remove()
+                raise _transfer_error(self.path, "no room", err, byte_offset=0, expected=nbytes, moved=0) from err
+
+    def write(self, data: memoryview, byte_offset: int) -> None:
+        moved, nbytes = 0, len(data)
+        while moved < nbytes:
+            try:
+                count = os.pwrite(self._fd, data[moved:], byte_offset + moved)
+            except OSError as err:
+                raise _transfer_error(
+                    self.path, "write failed", err, byte_offset=byte_offset, expected=nbytes, moved=moved
+                ) from err
+            if count == 0:
+                raise TransferError(
+                    f"{self.path}: write of {nbytes} bytes at {byte_offset} stopped after {moved}",
+                    path=self.path,
+                    byte_offset=byte_offset,
+                    expected_nbytes=nbytes,
+                    moved_nbytes=moved,
+                )
+            moved += count
+            if self.is_direct and moved % SLAB_ALIGNMENT_NBYTES:
+                # A short direct write may end off the block: write that block once more from its start.
+                moved -= moved % SLAB_ALIGNMENT_NBYTES
+
+    def finish(self, nbytes: int) -> None:
+        try:
+            os.ftruncate(self._fd, nbytes)
+            if self._fsync:
+                os.fsync(self._fd)
+        except OSError as err:
+            raise _transfer_error(
+                self.path, "cannot be finished", err, byte_offset=nbytes, expected=nbytes, moved=nbytes
+            ) from err
+        self._is_finished = True
+
+    def __enter__(self) -> PosixWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_finished:
+            os.close(self._fd)
+        else:
+            self._remove()
+
+    def _remove(self) -> None:
+        os.close(self._fd)
+        # The file was made by this writer a moment ago; when even unlink fails, the next save cleans up.
+        with suppress(OSError):
+            os.unlink(self.path)
+
+
+class PosixReader:
+    """A file open for buffered reads: the page cache, its read-ahead and any alignment."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise CheckpointNotFoundError(f"{path}: a file that the checkpoint names does not exist") from None
+        except OSError as err:
+            raise _transfer_error(path, "cannot be opened", err, byte_offset=0, expected=None, moved=None) from err
+        self.nbytes = os.fstat(self._fd).st_size
+
+    def read(self, into: memoryview, byte_offset: int) -> None:
+        moved, nbytes = 0, len(into)
+        while moved < nbytes:
+            try:
+                count = os.preadv(self._fd, [into[moved:]], byte_offset + moved)
+            except OSError as err:
+                raise _transfer_error(
+                    self.path, "read failed", err, byte_offset=byte_offset, expected=nbytes, moved=moved
+                ) from err
+            if count == 0:
+                raise TransferError(
+                    f"{self.path}: the file ends at byte {byte_offset + moved}; "
+                    f"{nbytes} bytes at {byte_offset} were expected, {moved} are there",
+                    path=self.path,
+                    byte_offset=byte_offset,
+                    expected_nbytes=nbytes,
+                    moved_nbytes=moved,
+                )
+            moved += count
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def fsync_directory(path: str) -> None:
+    """Bring the names in a directory to stable storage."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _transfer_error(
+    path: str, what: str, err: OSError, *, byte_offset: int, expected: int | None, moved: int | None
+) -> TransferError:
+    place = "" if expected is None else f" ({moved} of {expected} bytes at byte {byte_offset} moved)"
+    return TransferError(
+        f"{path}: {what}: {err.strerror or err}{place}",
+        path=path,
+        byte_offset=byte_offset,
+        expected_nbytes=expected,
+        moved_nbytes=moved,
+        errno=err.errno,
+    )

@@ -1,0 +1,67 @@
+"""Which way of writing is fastest on a file system: for now a table by type, never a test file of its own accord."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from gpudcp.errors import BackendUnavailableError
+
+# Direct writes skip a copy and the page cache. On these local file systems they win (ext4 here: 3.2 to 3.7 GB/s with
+# fsync, buffered 0.4 to 1.9); on tmpfs there is nothing to skip, and on some parallel file systems they lose several-
+# fold, so every type that is not named is written through the page cache.
+_DIRECT_WRITE_TYPES = frozenset({"ext4", "xfs"})
+
+
+class WriteChoice(NamedTuple):
+    """Direct or buffered, and why, for the report."""
+
+    is_direct: bool
+    reason: str
+
+
+def choose_write(directory: str, direct_io: str) -> WriteChoice:
+    """How to write files into ``directory``; ``direct_io`` is ``auto``, ``on`` or ``off`` as in Options.
+
+    Raises:
+        BackendUnavailableError: ``on``, where the file system opens no file with O_DIRECT.
+    """
+    if direct_io == "off":
+        return WriteChoice(False, "Options(direct_io='off')")
+    kind = file_system_type(directory)
+    if direct_io == "on":
+        if not supports_direct_io(directory):
+            raise BackendUnavailableError(
+                f"{directory}: {kind} opens no file with O_DIRECT; use Options(direct_io='auto') or 'off'"
+            )
+        return WriteChoice(True, "Options(direct_io='on')")
+    if kind not in _DIRECT_WRITE_TYPES:
+        return WriteChoice(False, f"buffered writes on {kind}")
+    if not supports_direct_io(directory):
+        return WriteChoice(False, f"buffered writes: O_DIRECT refused, though this is {kind}")
+    return WriteChoice(True, f"direct writes on {kind}")
+
+
+def file_system_type(path: str) -> str:
+    """The type of the file system that holds ``path``, as the kernel names it; "unknown" where it does not say."""
+    try:
+        device = os.stat(path).st_dev
+        wanted = f"{os.major(device)}:{os.minor(device)}"
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for line in mounts:
+                fields = line.split()
+                if fields[2] == wanted:
+                    return fields[fields.index("-") + 1]
+    except (OSError, ValueError, IndexError):
+        pass
+    return "unknown"
+
+
+def supports_direct_io(directory: str) -> bool:
+    """Whether a file in ``directory`` can be opened with O_DIRECT. Uses an unnamed file: nothing is left behind."""
+    try:
+        fd = os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return False
+    os.close(fd)
+    return True

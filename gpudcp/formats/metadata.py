@@ -1,0 +1,127 @@
+"""`.metadata`: a pickled torch Metadata, then a trailer that pickle ignores. Read without running any code.
+
+Trailer: 8 bytes magic, the pickle's length as 8 bytes little-endian, its CRC-32 as 4. Stock files have none.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from gpudcp.collector import collector_paused
+from gpudcp.columns import ItemRecords
+from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
+from gpudcp.formats.checksum import crc32
+from gpudcp.formats.dtypes import dtype_name
+from gpudcp.formats.emit import emit_metadata
+
+FILE_NAME = ".metadata"
+VERSION = "1.0.0"
+"""The version that stock DCP writes into Metadata, and the format that this package writes."""
+
+_MAGIC = b"GPUDCPM1"
+_TRAILER = struct.Struct("<8sQI")
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_ALLOWED_GLOBALS = frozenset(
+    {
+        *(
+            (f"{_CHECKPOINT}.metadata", name)
+            for name in (
+                "BytesStorageMetadata",
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        ),
+        (f"{_CHECKPOINT}.filesystem", "_StorageInfo"),
+        # Where torch 2.3 and before kept them.
+        ("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"),
+        ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
+        ("torch", "Size"),
+        ("torch.serialization", "_get_layout"),
+        *(("torch", dtype_name(value)) for value in vars(torch).values() if isinstance(value, torch.dtype)),
+        *(("builtins", name) for name in ("set", "frozenset", "list", "dict", "tuple", "complex")),
+        ("collections", "OrderedDict"),
+        *(
+            (module, name)
+            for module in ("pathlib", "pathlib._local")  # Python 3.13 pickles the second
+            for name in ("PosixPath", "PurePosixPath", "Path", "PurePath", "PureWindowsPath")
+        ),
+    }
+)
+
+
+def encode_metadata(metadata: Metadata, records: ItemRecords) -> bytes:
+    """The bytes of a ``.metadata`` file that holds ``metadata`` and these records: stock torch reads it as its own.
+
+    ``metadata.storage_data`` must give the same records, as a mapping that pickles as a dict.
+    """
+    with collector_paused():
+        data = emit_metadata(metadata, records)
+        if data is None:
+            data = pickle.dumps(metadata)
+    return data + _TRAILER.pack(_MAGIC, len(data), crc32(data))
+
+
+def decode_metadata(data: bytes, *, path: str, trust_pickle: bool) -> Metadata:
+    """The Metadata in the bytes of a ``.metadata`` file, ours or stock's.
+
+    Raises:
+        CorruptCheckpointError: the trailer does not fit the bytes before it, or they are no pickle of a Metadata.
+        UnsafeCheckpointError: the pickle names a global that no checkpoint metadata needs.
+    """
+    _check_trailer(data, path)
+    try:
+        with collector_paused():
+            unpickler = pickle.Unpickler if trust_pickle else _Unpickler
+            metadata: Any = unpickler(io.BytesIO(data)).load()
+    except UnsafeCheckpointError as refused:
+        raise UnsafeCheckpointError(f"{path}: {refused}", refused=refused.refused) from None  # type: ignore[attr-defined]
+    # Arbitrary bytes make the unpickler raise almost anything: AttributeError, IndexError, UnicodeDecodeError...
+    except Exception as err:
+        raise CorruptCheckpointError(f"{path}: no readable pickle: {type(err).__name__}: {err}", path=path) from err
+    if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
+        raise CorruptCheckpointError(f"{path}: holds a {type(metadata).__name__}, not a checkpoint's Metadata", path=path)
+    return metadata
+
+
+def _check_trailer(data: bytes, path: str) -> None:
+    if len(data) < _TRAILER.size:
+        return
+    magic, nbytes, expected = _TRAILER.unpack_from(data, len(data) - _TRAILER.size)
+    if magic != _MAGIC:
+        return
+    if nbytes != len(data) - _TRAILER.size:
+        raise CorruptCheckpointError(
+            f"{path}: the trailer speaks of {nbytes} bytes, {len(data) - _TRAILER.size} stand before it", path=path
+        )
+    if (found := crc32(memoryview(data)[:nbytes])) != expected:
+        raise CorruptCheckpointError(
+            f"{path}: CRC-32 is {found:#010x}, the trailer says {expected:#010x}",
+            path=path,
+            expected_crc32=expected,
+            found_crc32=found,
+        )
+
+
+class _Unpickler(pickle.Unpickler):
+    """The C unpickler, with every global outside the list refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _ALLOWED_GLOBALS:
+            raise UnsafeCheckpointError(
+                f"the pickle names {module}.{name}, which checkpoint metadata does not need; "
+                "if you trust this checkpoint, load it with Options(trust_pickle=True)",
+                refused=f"{module}.{name}",
+            )
+        return super().find_class(module, name)

@@ -1,0 +1,82 @@
+"""What works on this machine, and why the rest does not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from gpudcp.executors.select import unavailable
+from gpudcp.files.tune import choose_write, file_system_type, supports_direct_io
+from gpudcp.formats import checksum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capability:
+    """One path that a transfer can take."""
+
+    name: str
+    is_available: bool
+    reason: str
+    """What it is used for or, where it is not available, why, ending with the remedy."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """The answer of `probe`."""
+
+    python: str
+    torch: str
+    capabilities: tuple[Capability, ...]
+
+    def __getitem__(self, name: str) -> Capability:
+        for capability in self.capabilities:
+            if capability.name == name:
+                return capability
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        lines = [f"Python {self.python}, torch {self.torch}"]
+        lines += [f"{'yes' if each.is_available else 'no ':3} {each.name:12} {each.reason}" for each in self.capabilities]
+        return "\n".join(lines)
+
+
+def probe(path: str | os.PathLike[str] = ".") -> Probe:
+    """Find out what works here; ``path`` is where checkpoints would go. Writes nothing and starts nothing."""
+    directory = os.fspath(path)
+    return Probe(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        capabilities=(
+            Capability(name="cpu", is_available=True, reason="host slabs, a thread pool"),
+            *(_named(name) for name in ("cuda", "interpret", "gds", "kvikio")),
+            Capability(name="posix", is_available=True, reason="buffered reads and writes"),
+            _direct(directory),
+            _checksum(),
+        ),
+    )
+
+
+def _named(name: str) -> Capability:
+    why = unavailable(name)
+    return Capability(name=name, is_available=why is None, reason=why or "")
+
+
+def _direct(directory: str) -> Capability:
+    kind = file_system_type(directory)
+    if not supports_direct_io(directory):
+        return Capability(
+            name="direct", is_available=False, reason=f"{directory} ({kind}) opens no file with O_DIRECT; writes are buffered"
+        )
+    choice = choose_write(directory, "auto")
+    return Capability(name="direct", is_available=True, reason=f"O_DIRECT works in {directory}; auto: {choice.reason}")
+
+
+def _checksum() -> Capability:
+    if checksum.LIBRARY == "isal":
+        return Capability(name="isal", is_available=True, reason="CRC-32 with carry-less multiplication")
+    return Capability(
+        name="isal", is_available=False, reason="CRC-32 by zlib, at a tenth of the speed; pip install isal"
+    )

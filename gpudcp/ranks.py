@@ -1,0 +1,148 @@
+"""The ranks of a save or a load: steps that either succeed on all of them or raise on all of them.
+
+After each step the ranks exchange what came of it, over public torch.distributed collectives. Values are pickled before
+they are sent and unpickled inside the step that uses them, so a value that cannot be is an error like any other, and no
+rank is left waiting for one that has already given up.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import torch.distributed as dist
+
+from gpudcp.errors import GpuDcpError, RankFailedError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class _Failure(NamedTuple):
+    """An error on its way to other ranks: its first line and, if it is of our tree, itself."""
+
+    text: str
+    error: GpuDcpError | None
+
+    @classmethod
+    def of(cls, error: BaseException) -> _Failure:
+        lines = str(error).strip().splitlines() or [""]
+        return cls(f"{type(error).__name__}: {lines[0]}", error if isinstance(error, GpuDcpError) else None)
+
+
+class _Outcome(NamedTuple):
+    """What came of a step on one rank, or of all ranks: a pickled value, or who failed."""
+
+    pickled: bytes
+    failures: dict[int, _Failure]
+
+
+class Ranks:
+    """The ranks of one process group, or this process alone; the coordinator is the group's rank 0.
+
+    Every method is called by all ranks together. When a step fails on some, all raise: a rank that failed its own error
+    or, where that is not of gpudcp's tree, a RankFailedError `from` it; the others the first failed rank's, with the
+    failed ranks named. KeyboardInterrupt and SystemExit stay what they are on the rank that got them.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, no_dist: bool) -> None:
+        self._group = group
+        self._is_alone = no_dist
+        self.rank = 0 if no_dist else dist.get_rank(group)
+        self._size = 1 if no_dist else dist.get_world_size(group)
+        self._coordinator = 0 if no_dist or group is None else dist.get_global_rank(group, 0)
+        self.is_coordinator = self.rank == 0
+
+    def reduce_scatter(
+        self, step: str, make: Callable[[], T], reduce: Callable[[list[T]], Sequence[R]]
+    ) -> Callable[[], R]:
+        """Make a value on each rank, reduce them on the coordinator, and give each rank its part, to be called for."""
+        if self._is_alone:
+            part = self._alone(step, lambda: reduce([make()])[0])
+            return lambda: part
+        own, error = self._attempt(lambda: pickle.dumps(make()))
+        parts: list[_Outcome] | None = None
+        if (gathered := self._gather(own)) is not None:
+            parts, own_error = self._reduce(gathered, lambda values: [pickle.dumps(part) for part in reduce(values)])
+            error = error or own_error
+        received: list[Any] = [None]
+        dist.scatter_object_list(received, parts, src=self._coordinator, group=self._group)
+        return self._value(step, received[0], error)
+
+    def reduce_broadcast(self, step: str, make: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
+        """Make a value on each rank, reduce them on the coordinator, and give the result to every rank."""
+        if self._is_alone:
+            return self._alone(step, lambda: reduce([make()]))
+        own, error = self._attempt(lambda: pickle.dumps(make()))
+        sent: list[Any] = [None]
+        if (gathered := self._gather(own)) is not None:
+            parts, own_error = self._reduce(gathered, lambda values: [pickle.dumps(reduce(values))] * self._size)
+            error = error or own_error
+            sent = parts[:1]
+        dist.broadcast_object_list(sent, src=self._coordinator, group=self._group)
+        result: R = self._value(step, sent[0], error)()
+        return result
+
+    def vote(self, step: str, act: Callable[[], T]) -> T:
+        """Act on each rank; return this rank's own value when all have succeeded."""
+        if self._is_alone:
+            return self._alone(step, act)
+        values: list[T] = []
+        own, error = self._attempt(lambda: values.append(act()) or b"")
+        outcomes: list[Any] = [None] * self._size
+        dist.all_gather_object(outcomes, own.failures, group=self._group)
+        failures = {rank: failure for outcome in outcomes for rank, failure in outcome.items()}
+        if failures:
+            self._raise(step, failures, error)
+        return values[0]
+
+    def _alone(self, step: str, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except BaseException as error:  # torch's CheckpointException is no Exception
+            self._raise(step, {self.rank: _Failure.of(error)}, error)
+
+    def _attempt(self, act: Callable[[], bytes]) -> tuple[_Outcome, BaseException | None]:
+        try:
+            return _Outcome(act(), {}), None
+        except BaseException as error:
+            return _Outcome(b"", {self.rank: _Failure.of(error)}), error
+
+    def _gather(self, own: _Outcome) -> list[_Outcome] | None:
+        gathered: list[Any] | None = [None] * self._size if self.is_coordinator else None
+        dist.gather_object(own, gathered, dst=self._coordinator, group=self._group)
+        return gathered
+
+    def _reduce(
+        self, gathered: list[_Outcome], reduce: Callable[[list[Any]], list[bytes]]
+    ) -> tuple[list[_Outcome], BaseException | None]:
+        """One outcome for each rank: its part or, for all of them, who failed."""
+        failures = {rank: failure for outcome in gathered for rank, failure in outcome.failures.items()}
+        error: BaseException | None = None
+        if not failures:
+            try:
+                parts = reduce([pickle.loads(outcome.pickled) for outcome in gathered])
+                return [_Outcome(part, {}) for part in parts], None
+            except BaseException as err:
+                error = err
+                failures = {self.rank: _Failure.of(err)}
+        return [_Outcome(b"", failures)] * self._size, error
+
+    def _value(self, step: str, outcome: _Outcome, error: BaseException | None) -> Callable[[], Any]:
+        if outcome.failures:
+            self._raise(step, outcome.failures, error)
+        return lambda: pickle.loads(outcome.pickled)
+
+    def _raise(self, step: str, failures: dict[int, _Failure], own: BaseException | None) -> NoReturn:
+        """Raise what this rank raises for these failures, of which ``own`` may be one."""
+        if isinstance(own, (GpuDcpError, KeyboardInterrupt, SystemExit)):
+            raise own
+        ranks = sorted(failures)
+        first = failures[ranks[0]]
+        where = "" if self._is_alone else f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+        message = f"{step} failed{where}: {first.text}"
+        if own is None and first.error is not None:
+            first.error.args = (message,)
+            raise first.error
+        raise RankFailedError(message, ranks={rank: failures[rank].text for rank in ranks}) from own

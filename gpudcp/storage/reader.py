@@ -1,0 +1,311 @@
+"""GpuStorageReader: DCP checkpoints, ours or stock's, read by chunk plans, each payload's checksum verified."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import resource
+import uuid
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from gpudcp.chunkplan.load import (
+    READ_GAP_NBYTES,
+    LoadChunkPlan,
+    PayloadCheck,
+    ReadRequest,
+    plan_load,
+    whole_payload_request,
+)
+from gpudcp.collector import collector_paused
+from gpudcp.errors import CheckpointBusyError, CheckpointNotFoundError, CorruptCheckpointError, GpuDcpError, TransferError
+from gpudcp.executors.select import choose_executor
+from gpudcp.files.commit import metadata_file_name
+from gpudcp.files.posix import PosixReader
+from gpudcp.formats import checksum
+from gpudcp.formats.metadata import decode_metadata
+from gpudcp.options import Options
+from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, check_range, is_object, stored_tensor
+from gpudcp.storage.targets import PlannerTarget, load_whole_item
+
+_logger = logging.getLogger("gpudcp")
+
+
+class GpuStorageReader(StorageReader):
+    """Reads DCP checkpoints from a directory, ours and stock torch's.
+
+    Use it as ``gpudcp.load(..., storage_reader=reader)`` or ``dcp.load(..., storage_reader=reader)``.
+
+    A load that fails has changed some of the tensors it was given, and nothing else: treat the state dict as lost, and
+    load again.
+
+    Args:
+        path: the checkpoint's directory.
+        options: see `gpudcp.Options`.
+
+    Raises:
+        CheckpointNotFoundError: there is no checkpoint, or it names a file that does not exist.
+        CorruptCheckpointError: a checksum, a range or a shape is wrong.
+        UnsafeCheckpointError: reading it would run code or leave the directory.
+        CheckpointBusyError: a newer checkpoint replaced it while it was read.
+        TransferError: a read failed or came short.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, options: Options | None = None) -> None:
+        super().__init__()
+        self.path = os.fspath(path)
+        self.options = options or Options()
+        self.report: TransferReport | None = None
+        """This rank's last transfer."""
+        self._rank: int | None = None
+        self._metadata: Metadata | None = None
+        self._metadata_error: Exception | None = None
+        self._files = _OpenFiles(self.path)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Forget the checkpoint read last and, if a path is given, point the reader there."""
+        if checkpoint_id:
+            self.path = os.fspath(checkpoint_id)
+        self._metadata = self._metadata_error = None
+        self._files.close()
+        self._files = _OpenFiles(self.path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002
+        """``.metadata`` or, for a rank given by keyword and only where there is none, that rank's own.
+
+        DCP asks a second time, with the rank, whatever went wrong the first time: the first error is raised again.
+        """
+        self._rank = kwargs.get("rank")
+        if self._rank is not None and self._metadata_error is not None:
+            error, self._metadata_error = self._metadata_error, None
+            if not isinstance(error, CheckpointNotFoundError):
+                raise error
+        try:
+            metadata = self._read_metadata()
+        except Exception as err:
+            self._metadata_error = err
+            raise
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = str(uuid.uuid4())
+        return metadata
+
+    def _read_metadata(self) -> Metadata:
+        path = os.path.join(self.path, metadata_file_name(self._rank))
+        try:
+            with open(path, "rb") as file:
+                data = file.read()
+        except (FileNotFoundError, NotADirectoryError):
+            raise CheckpointNotFoundError(f"{self.path}: no checkpoint: {metadata_file_name(self._rank)} is missing") from None
+        except OSError as err:
+            raise TransferError(f"{path}: cannot be read: {err.strerror}", path=path, errno=err.errno) from err
+        return decode_metadata(data, path=path, trust_pickle=self.options.trust_pickle)
+
+    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Take the metadata that the plans are made of."""
+        self._metadata = metadata
+        self.report = None
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Open the files that the plan needs: from here on they stay readable, whatever a newer save removes."""
+        self._open_files(plan.items)
+        return dataclasses.replace(plan, storage_data=_save_id(self._known_metadata()))
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Check that every rank has opened the same checkpoint."""
+        if len(ids := {plan.storage_data for plan in plans}) > 1 and self._rank is None:
+            raise CheckpointBusyError(
+                f"{self.path}: a newer checkpoint was committed while the ranks opened this one: they found {sorted(map(str, ids))}"
+            )
+        return plans
+
+    def _known_metadata(self) -> Metadata:
+        if self._metadata is None:
+            raise CheckpointNotFoundError(f"{self.path}: the reader has not been set up with a checkpoint's metadata")
+        return self._metadata
+
+    def _open_files(self, items: Sequence[ReadItem]) -> None:
+        """Open what the items need. Where a file is gone because a newer save committed, once more with its metadata."""
+        stored = StoredItems(self._known_metadata(), self.path)
+        try:
+            self._files.open(stored.paths(items))
+        except CheckpointNotFoundError as missing:
+            newer = self._read_metadata()
+            if _save_id(newer) == _save_id(self._known_metadata()):
+                raise
+            self._check_same_shapes(newer, items, missing)
+            _logger.info("%s: a newer checkpoint replaced the one being read; reading the newer one", self.path)
+            self._metadata = newer
+            self._files.close()
+            stored = StoredItems(newer, self.path)
+            self._files.open(stored.paths(items))
+
+    def _check_same_shapes(self, newer: Metadata, items: Sequence[ReadItem], missing: Exception) -> None:
+        planned = self._known_metadata().state_dict_metadata
+        for fqn in {item.storage_index.fqn for item in items}:
+            if newer.state_dict_metadata.get(fqn) != planned[fqn]:
+                raise CheckpointBusyError(
+                    f"{self.path}: a newer checkpoint was committed during this load, and {fqn} is sharded otherwise in it; "
+                    "load again"
+                ) from missing
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's items into the tensors that the planner resolves."""
+        try:
+            with collector_paused():
+                self._read_data(plan, planner)
+        finally:
+            self._files.close()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        stopwatch = Stopwatch()
+        executor, reason = choose_executor(self.options)
+        self._open_files(plan.items)
+        with stopwatch.phase("plan"):
+            needs = _Needs(plan.items, StoredItems(self._known_metadata(), self.path), self._files, self.options)
+            chunk_plan = needs.chunk_plan()
+        executor.load(chunk_plan, PlannerTarget(plan.items, planner), self._files.get, stopwatch)
+        with stopwatch.phase("objects"):
+            for position, stored in needs.whole_items:
+                load_whole_item(plan.items[position], stored, self._files.get(stored.path), planner, self.options)
+        whole_nbytes = sum(stored.nbytes for _, stored in needs.whole_items)
+        self.report = TransferReport(
+            direction="load",
+            path=self.path,
+            nitems=len(plan.items),
+            payload_nbytes=needs.payload_nbytes + whole_nbytes,
+            file_nbytes=chunk_plan.nbytes + whole_nbytes,
+            total_s=stopwatch.total_s(),
+            phases_s=MappingProxyType(dict(stopwatch.seconds)),
+            executor=executor.name,
+            files="posix buffered",
+            checksum=self._checksum_used(chunk_plan, needs),
+            reasons=(reason, "buffered reads: any alignment, straight into the destination"),
+        )
+        _logger.info("%s", self.report)
+
+    def _checksum_used(self, plan: LoadChunkPlan, needs: _Needs) -> str:
+        if self.options.verify == "off":
+            return "off: Options(verify='off')"
+        return f"{checksum.LIBRARY}: {len(plan.checks)} of {needs.npayloads} payloads verified"
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The directory."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this could be a path on a mounted file system."""
+        return "://" not in os.fspath(checkpoint_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": _OpenFiles(self.path), "_metadata": None}
+
+
+class _Needs:
+    """What a load plan needs of the files: boxes of strided payloads, and items that are read whole."""
+
+    def __init__(self, items: Sequence[ReadItem], stored: StoredItems, files: _OpenFiles, options: Options) -> None:
+        self.whole_items: list[tuple[int, StoredItem]] = []
+        self.payload_nbytes = 0
+        self._options = options
+        self._requests: list[ReadRequest] = []
+        self._checks: dict[tuple[str, int], PayloadCheck | None] = {}
+        places = [stored.find(item.storage_index) for item in items]
+        # In file order, so that envelopes are read in passing.
+        order = sorted(range(len(items)), key=lambda position: places[position][1:3])
+        window: Window | None = None
+        for position in order:
+            place = places[position]
+            file = files.get(place.path)
+            check_range(place, file)
+            if window is None or window.file is not file:
+                window = Window(file)
+            self._add(position, items[position], place, stored, window)
+
+    @property
+    def npayloads(self) -> int:
+        return len(self._checks)
+
+    def _add(self, position: int, item: ReadItem, place: StoredItem, stored: StoredItems, window: Window) -> None:
+        if is_object(item) or place.transforms:
+            self.whole_items.append((position, place))
+            return
+        sizes = stored.chunk_sizes(item.storage_index)
+        lengths = item.lengths
+        check_box(item, sizes)
+        tensor = stored_tensor(place, sizes, window)
+        if tensor is None:
+            self.whole_items.append((position, place))
+            return
+        payload_offset, payload_nbytes, crc, dtype, _, strides, storage_offset, _, _ = tensor
+        path = place.path
+        self._requests.append(
+            ReadRequest(
+                position, path, payload_offset, dtype, strides, storage_offset, item.storage_offsets, lengths
+            )
+        )
+        self.payload_nbytes += lengths.numel() * dtype.itemsize
+        if payload_nbytes and (path, payload_offset) not in self._checks:
+            check = PayloadCheck(path, payload_offset, payload_nbytes, crc, place.fqn) if crc is not None else None
+            self._checks[path, payload_offset] = check
+
+    def chunk_plan(self) -> LoadChunkPlan:
+        checks = [check for check in self._checks.values() if check is not None]
+        if self._options.verify == "off":
+            checks = []
+        plan = self._plan(self._requests, checks)
+        if self._options.verify == "full" and (unchecked := set(checks).difference(plan.checks)):
+            plan = self._plan([*self._requests, *map(whole_payload_request, sorted(unchecked))], checks)
+        return plan
+
+    def _plan(self, requests: list[ReadRequest], checks: list[PayloadCheck]) -> LoadChunkPlan:
+        return plan_load(requests, checks, slab_nbytes=self._options.slab_nbytes, gap_nbytes=READ_GAP_NBYTES)
+
+
+class _OpenFiles:
+    """The checkpoint's open files, by relative path."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+        self._open: dict[str, PosixReader] = {}
+
+    def open(self, paths: set[str]) -> None:
+        """Open them all, as far as the process's limit on open files allows; the rest is opened when it is needed."""
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        for path in sorted(paths)[:limit]:
+            self.get(path)
+
+    def get(self, path: str) -> PosixReader:
+        """The open file.
+
+        Raises:
+            CheckpointNotFoundError: it does not exist.
+        """
+        file = self._open.get(path)
+        if file is None:
+            file = self._open[path] = PosixReader(os.path.join(self._directory, path))
+        return file
+
+    def close(self) -> None:
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+def _save_id(metadata: Metadata) -> str | None:
+    return getattr(metadata.storage_meta, "save_id", None)

@@ -1,0 +1,109 @@
+"""What a save planner resolves: the literal bytes of a plan's objects, and the tensors of its chunks."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
+
+from gpudcp.errors import PlanError, UnsafeCheckpointError
+from gpudcp.formats.dtypes import QUANTIZED_DTYPES, widens_exactly
+from gpudcp.formats.objects import unsafe_reason
+from gpudcp.options import Options
+
+
+def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Options) -> dict[int, bytes]:
+    """The bytes, by position, of all items that are not tensor chunks: objects, and quantized tensors.
+
+    Raises:
+        PlanError: the planner resolved something else than an io.BytesIO or a tensor.
+        UnsafeCheckpointError: an object that no safe load can read, with ``unsafe_objects="error"``.
+    """
+    literals: dict[int, bytes] = {}
+    unsafe: dict[str, str] = {}
+    for position, item in enumerate(items):
+        if item.type == WriteItemType.BYTE_IO:
+            data = planner.resolve_data(item)
+            if not isinstance(data, io.BytesIO):
+                raise PlanError(f"{item.index.fqn}: a BYTE_IO item resolved to a {type(data).__name__}, not an io.BytesIO")
+            literals[position] = data.getvalue()
+            if (reason := unsafe_reason(object(), literals[position])) is not None:
+                unsafe[item.index.fqn] = reason
+        elif item.tensor_data is not None and item.tensor_data.properties.dtype in QUANTIZED_DTYPES:
+            buffer = io.BytesIO()
+            torch.save(planner.resolve_data(item), buffer)
+            literals[position] = buffer.getvalue()
+    if unsafe:
+        _report_unsafe(unsafe, options)
+    return literals
+
+
+def _report_unsafe(unsafe: dict[str, str], options: Options) -> None:
+    named = "; ".join(f"{fqn}: {reason}" for fqn, reason in list(unsafe.items())[:10])
+    message = (
+        f"{len(unsafe)} objects in this checkpoint can be loaded only with Options(trust_pickle=True), or after "
+        f"torch.serialization.add_safe_globals([...]) of the types named: {named}"
+    )
+    if options.unsafe_objects == "error":
+        raise UnsafeCheckpointError(message, refused=next(iter(unsafe.values())))
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+class PlannerSource:
+    """The executor's view of a save planner: tensors by position, checked against their items."""
+
+    def __init__(self, items: Sequence[WriteItem], planner: SavePlanner) -> None:
+        self._items = items
+        self._resolve_source = _usable_resolve_source(planner)
+        self._resolve_data = planner.resolve_data
+
+    def resolve(self, position: int) -> torch.Tensor:
+        """The tensor of a write item.
+
+        Raises:
+            PlanError: it does not have the item's shape or dtype, or no memory of its own.
+        """
+        item = self._items[position]
+        tensor = (self._resolve_source or self._resolve_data)(item)
+        data = item.tensor_data
+        if not isinstance(tensor, torch.Tensor) or data is None:
+            raise PlanError(f"{item.index.fqn}: a tensor item resolved to a {type(tensor).__name__}")
+        if tensor.shape != data.chunk.sizes:
+            raise PlanError(
+                f"{item.index.fqn}: resolved to shape {tuple(tensor.shape)}, its chunk has {tuple(data.chunk.sizes)}"
+            )
+        dtype = data.properties.dtype
+        if tensor.dtype != dtype and self._resolve_source is None and not widens_exactly(tensor.dtype, dtype):
+            raise PlanError(
+                f"{item.index.fqn}: resolved to {tensor.dtype}, its item says {dtype}, which does not hold every value of it"
+            )
+        return _with_memory(tensor, item.index.fqn)
+
+
+def _with_memory(tensor: torch.Tensor, fqn: str) -> torch.Tensor:
+    if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
+        if not tensor.is_meta and tensor.layout is torch.strided:
+            return tensor
+        raise PlanError(f"{fqn}: a {tensor.layout} tensor on {tensor.device} has no strided memory to save")
+    if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        raise PlanError(
+            f"{fqn}: a {type(tensor).__name__} wraps other tensors and has no memory of its own; "
+            "gpudcp.DefaultSavePlanner saves it as an object"
+        )
+    return _with_memory(tensor.as_subclass(torch.Tensor), fqn)
+
+
+def _usable_resolve_source(planner: SavePlanner) -> Callable[[WriteItem], torch.Tensor] | None:
+    """The planner's ``resolve_source``, unless a subclass changed what ``resolve_data`` gives: then that must be asked."""
+    kind = type(planner)
+    owner = next((base for base in kind.__mro__ if "resolve_source" in vars(base)), None)
+    if owner is None:
+        return None
+    for name in ("resolve_data", "transform_object"):
+        if getattr(kind, name, None) is not getattr(owner, name, None):
+            return None
+    resolve: Callable[[WriteItem], torch.Tensor] = planner.resolve_source  # type: ignore[attr-defined]
+    return resolve

@@ -1,0 +1,189 @@
+"""Where the items of an open checkpoint lie: from DCP's metadata, or from the envelope where the metadata does not say."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import prod
+from typing import Any, NamedTuple
+
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+from gpudcp._dcp import ItemExtras, item_extras
+from gpudcp.boxes import row_major_strides
+from gpudcp.errors import CorruptCheckpointError, MissingKeyError, PlanError, TransferError, UnsafeCheckpointError
+from gpudcp.files.posix import PosixReader
+from gpudcp.formats.archive import StoredTensor, read_stored_tensor
+
+
+class StoredItem(NamedTuple):
+    """One item's range of a file, checked: inside the directory and, once the file is open, inside the file."""
+
+    fqn: str
+    path: str
+    byte_offset: int
+    nbytes: int
+    transforms: tuple[str, ...]
+    extras: ItemExtras
+
+
+class StoredItems:
+    """The storage records of one checkpoint, looked up by storage index and checked on the way."""
+
+    def __init__(self, metadata: Metadata, directory: str) -> None:
+        records = metadata.storage_data
+        if not isinstance(records, Mapping):
+            raise CorruptCheckpointError(f"{directory}: the metadata has no storage_data", path=directory)
+        self._records: Mapping[Any, Any] = records
+        self._tensors = metadata.state_dict_metadata
+        self._directory = directory
+        self._safe_paths: set[str] = set()
+
+    def paths(self, items: Sequence[ReadItem]) -> set[str]:
+        """The files, relative to the directory, that these items need."""
+        records = self._records
+        if len(records) == len(items):  # a load of everything, most of the time
+            found = {getattr(info, "relative_path", None) for info in records.values()}
+            if all(isinstance(path, str) for path in found):
+                for path in found:
+                    self._check_inside(str(path), "")
+                return {str(path) for path in found}
+        return {self.find(item.storage_index).path for item in items}
+
+    def find(self, index: MetadataIndex) -> StoredItem:
+        """The item's place.
+
+        Raises:
+            MissingKeyError: the checkpoint has no such item.
+            CorruptCheckpointError: its record is no record.
+            UnsafeCheckpointError: its file lies outside the directory.
+        """
+        info = self._records.get(index)
+        if info is None:
+            raise MissingKeyError(f"{self._directory}: no item {index.fqn!r} at offset {index.offset}")
+        try:
+            path, start, nbytes = info.relative_path, info.offset, info.length
+            extras = item_extras(info)
+            transforms = tuple(info.transform_descriptors or ())
+        except (AttributeError, TypeError, ValueError) as err:
+            raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: {err}", fqn=index.fqn) from None
+        if not (type(path) is str and type(start) is type(nbytes) is int and start >= 0 and nbytes >= 0):
+            raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: the storage record is {info!r}", fqn=index.fqn)
+        if path not in self._safe_paths:
+            self._check_inside(path, index.fqn)
+        return StoredItem(index.fqn, path, start, nbytes, transforms, extras)
+
+    def chunk_sizes(self, index: MetadataIndex) -> tuple[int, ...]:
+        """The sizes of the saved chunk that a storage index names."""
+        tensor = self._tensors.get(index.fqn)
+        if not isinstance(tensor, TensorStorageMetadata):
+            raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: is no tensor in this checkpoint", fqn=index.fqn)
+        chunks, hint = tensor.chunks, index.index
+        if hint is not None and 0 <= hint < len(chunks) and chunks[hint].offsets == index.offset:
+            return chunks[hint].sizes
+        for chunk in chunks:
+            if chunk.offsets == index.offset:
+                return chunk.sizes
+        raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: no chunk at offset {index.offset}", fqn=index.fqn)
+
+    def _check_inside(self, path: str, fqn: str) -> None:
+        if os.path.isabs(path) or "\0" in path or ".." in path.split("/") or not path:
+            raise UnsafeCheckpointError(
+                f"{self._directory}: {fqn}: the file {path!r} lies outside the checkpoint", refused=path
+            )
+        self._safe_paths.add(path)
+
+
+def check_range(item: StoredItem, file: PosixReader) -> None:
+    """That the item's range lies inside its file.
+
+    Raises:
+        TransferError: the file is too short.
+    """
+    if item.byte_offset + item.nbytes > file.nbytes:
+        raise TransferError(
+            f"{file.path}: {item.fqn}: needs bytes {item.byte_offset} to {item.byte_offset + item.nbytes}, "
+            f"the file has {file.nbytes}",
+            path=file.path,
+            byte_offset=item.byte_offset,
+            expected_nbytes=item.nbytes,
+            moved_nbytes=max(0, file.nbytes - item.byte_offset),
+        )
+
+
+def stored_tensor(item: StoredItem, sizes: tuple[int, ...], window: Window) -> StoredTensor | None:
+    """How the item's tensor lies in its file; None: not as one strided payload, so torch.load must read it.
+
+    Raises:
+        CorruptCheckpointError: the item contradicts the metadata.
+    """
+    path = window.file.path
+    offset, dtype, crc = item.extras
+    if offset is None or dtype is None:
+        found = read_stored_tensor(window.read, byte_offset=item.byte_offset, nbytes=item.nbytes, path=path, fqn=item.fqn)
+        if found is not None and found.sizes != sizes:
+            raise CorruptCheckpointError(
+                f"{path}: {item.fqn}: the file holds shape {found.sizes}, the metadata says {sizes}", path=path, fqn=item.fqn
+            )
+        return None if found is None or found.is_conj or found.is_neg else found
+    numel, strides = _row_major(sizes)
+    nbytes = numel * dtype.itemsize
+    if offset < item.byte_offset or offset + nbytes > item.byte_offset + item.nbytes:
+        raise CorruptCheckpointError(
+            f"{path}: {item.fqn}: a payload of {nbytes} bytes at byte {offset} lies outside its item, "
+            f"{item.nbytes} bytes at {item.byte_offset}",
+            path=path,
+            fqn=item.fqn,
+        )
+    return StoredTensor(offset, nbytes, crc, dtype, sizes, strides, 0, False, False)
+
+
+@lru_cache(maxsize=4096)
+def _row_major(sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    return prod(sizes), row_major_strides(sizes)
+
+
+def check_box(item: ReadItem, sizes: tuple[int, ...]) -> None:
+    """That a read item asks for a box inside the saved chunk.
+
+    Raises:
+        PlanError: it does not.
+    """
+    offsets, lengths = item.storage_offsets, item.lengths
+    if lengths == sizes and not any(offsets):
+        return
+    if len(offsets) != len(sizes) or len(lengths) != len(sizes):
+        raise PlanError(f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} of a chunk {sizes}")
+    for offset, length, size in zip(offsets, lengths, sizes, strict=True):
+        if offset < 0 or length < 0 or offset + length > size:
+            raise PlanError(
+                f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} leave a chunk of {sizes}"
+            )
+
+
+def is_object(item: ReadItem) -> bool:
+    """Whether the item is read as bytes."""
+    return item.type == LoadItemType.BYTE_IO
+
+
+class Window:
+    """Small reads of one file in ascending order, served from blocks: a directory and a pickle for each of many items."""
+
+    _BLOCK_NBYTES = 32 << 10
+
+    def __init__(self, file: PosixReader) -> None:
+        self.file = file
+        self._start = 0
+        self._block = memoryview(b"")
+
+    def read(self, byte_offset: int, nbytes: int) -> memoryview:
+        """Exactly these bytes of the file."""
+        if not (self._start <= byte_offset and byte_offset + nbytes <= self._start + len(self._block)):
+            available = max(nbytes, min(self._BLOCK_NBYTES, self.file.nbytes - byte_offset))
+            block = memoryview(bytearray(available))
+            self.file.read(block, byte_offset)
+            self._start, self._block = byte_offset, block
+        position = byte_offset - self._start
+        return self._block[position : position + nbytes]

@@ -1,0 +1,289 @@
+"""GpuStorageWriter: an ordinary DCP checkpoint, written by chunk plans and committed atomically."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from gpudcp.chunkplan.save import ChunkWrite, SaveChunkPlan, SaveFilePlan, plan_save
+from gpudcp.collector import collector_paused
+from gpudcp.columns import Int64, ItemRecords
+from gpudcp.errors import CheckpointExistsError, GpuDcpError, PlanError
+from gpudcp.executors.base import FileReceipt
+from gpudcp.executors.select import choose_executor
+from gpudcp.files.base import FileWriter
+from gpudcp.files.commit import (
+    DirectoryLock,
+    data_file_name,
+    draw_save_id,
+    is_data_file_name,
+    make_directory,
+    metadata_file_name,
+    metadata_names,
+    remove_files,
+    replace_file,
+    stale_data_names,
+)
+from gpudcp.files.posix import PosixWriter, fsync_directory
+from gpudcp.files.tune import choose_write
+from gpudcp.formats import checksum
+from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
+from gpudcp.options import Options
+from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.results import StorageData, WriteResults
+from gpudcp.storage.sources import PlannerSource, literal_data
+
+_logger = logging.getLogger("gpudcp")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SaveTicket:
+    """What the coordinator gives each rank, in its plan's ``storage_data``: its number, and the id of this save."""
+
+    rank: int
+    save_id: str
+
+
+class GpuStorageWriter(StorageWriter):
+    """Writes DCP checkpoints into a directory; stock torch reads them.
+
+    Use it as ``gpudcp.save(..., storage_writer=writer)`` or ``dcp.save(..., storage_writer=writer)``; it may be reused.
+
+    Args:
+        path: the checkpoint's directory; it is made if it does not exist.
+        options: see `gpudcp.Options`.
+        overwrite: replace a checkpoint that is there, or refuse to.
+
+    Raises:
+        CheckpointExistsError: there is a checkpoint, and ``overwrite=False``.
+        CheckpointBusyError: another save into the directory is running.
+        PlanError: a tensor cannot be saved as its plan says.
+        TransferError: the disk is full, or a write failed.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, options: Options | None = None, overwrite: bool = True
+    ) -> None:
+        super().__init__()
+        self.path = os.fspath(path)
+        self.options = options or Options()
+        self.overwrite = overwrite
+        self.report: TransferReport | None = None
+        """This rank's last transfer."""
+        self._rank: int | None = None
+        self._use_collectives = True
+        self._save_id = ""
+        self._lock: DirectoryLock | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Point the writer at another directory; without one nothing changes."""
+        if checkpoint_id:
+            self.path = os.fspath(checkpoint_id)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
+        """Make the directory and, on the coordinator, hold it until the save is committed."""
+        self._rank = kwargs.get("rank")
+        self._use_collectives = kwargs.get("use_collectives", True)
+        self.report = None
+        make_directory(self.path, fsync=self.options.fsync)
+        if is_coordinator:
+            self._lock = DirectoryLock.acquire(self.path)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Refuse to overwrite, if so asked; without collectives every rank draws its own save id."""
+        name = metadata_file_name(None if self._use_collectives else 0)
+        if not self.overwrite and os.path.exists(os.path.join(self.path, name)):
+            self.release()
+            raise CheckpointExistsError(f"{self.path}: holds a checkpoint ({name}), and overwrite=False")
+        if self._use_collectives:
+            return plan
+        self._save_id = draw_save_id()
+        return dataclasses.replace(plan, storage_data=SaveTicket(rank=self._rank or 0, save_id=self._save_id))
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Draw the id of this save: here, because DCP calls nothing else on the coordinator at every save."""
+        if not self._use_collectives:
+            return plans
+        self._save_id = draw_save_id()
+        return [
+            dataclasses.replace(plan, storage_data=SaveTicket(rank=rank, save_id=self._save_id))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
+        """Write this rank's items; on return they are on stable storage, and nothing names them yet."""
+        try:
+            with collector_paused():
+                results = self._write_data(plan, planner)
+        except BaseException:
+            self.release()
+            raise
+        future: Future[Any] = Future()
+        future.set_result(results)
+        return future
+
+    def _write_data(self, plan: SavePlan, planner: SavePlanner) -> WriteResults:
+        stopwatch = Stopwatch()
+        if not isinstance(plan.storage_data, SaveTicket):
+            raise PlanError(f"{self.path}: the plan's storage_data is {plan.storage_data!r}, not this writer's ticket")
+        items = list(plan.items)
+        executor, executor_reason = choose_executor(self.options)
+        choice = choose_write(self.path, self.options.direct_io)
+        with stopwatch.phase("objects"):
+            literals = literal_data(items, planner, self.options)
+        with stopwatch.phase("plan"):
+            name = self._unused_name(plan.storage_data)
+            chunk_plan = plan_save(items, literals, path=name, slab_nbytes=self.options.slab_nbytes)
+
+        def open_file(file: SaveFilePlan) -> FileWriter:
+            path = os.path.join(self.path, file.path)
+            return PosixWriter(path, nbytes=file.nbytes, is_direct=choice.is_direct, fsync=self.options.fsync)
+
+        receipts = executor.save(chunk_plan, PlannerSource(items, planner), open_file, stopwatch)
+        records = _records(items, chunk_plan, receipts)
+        with stopwatch.phase("fsync"):
+            if self.options.fsync:
+                fsync_directory(self.path)
+        self.report = TransferReport(
+            direction="save",
+            path=self.path,
+            nitems=len(items),
+            payload_nbytes=chunk_plan.payload_nbytes,
+            file_nbytes=chunk_plan.nbytes,
+            total_s=stopwatch.total_s(),
+            phases_s=MappingProxyType(dict(stopwatch.seconds)),
+            executor=executor.name,
+            files="posix direct" if choice.is_direct else "posix buffered",
+            checksum=checksum.LIBRARY if self.options.checksum else "off: Options(checksum=False)",
+            reasons=(executor_reason, choice.reason),
+        )
+        _logger.info("%s", self.report)
+        return WriteResults(records)
+
+    def _unused_name(self, ticket: SaveTicket) -> str:
+        """The data file's name. A planner that caches whole plans hands out the ticket of an earlier save."""
+        name = data_file_name(ticket.rank, 0, ticket.save_id)
+        while os.path.lexists(os.path.join(self.path, name)):
+            name = data_file_name(ticket.rank, 0, draw_save_id())
+        return name
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit: everything is on stable storage, so name it, then remove what the old checkpoint alone named."""
+        try:
+            with collector_paused():
+                self._commit(metadata, results)
+        finally:
+            self.release()
+
+    def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        metadata.version = VERSION
+        records = ItemRecords.concatenated(_own_results(own).records for own in results)
+        metadata.storage_data = StorageData(records)
+        metadata.storage_meta = self.storage_meta()
+        rank = None if self._use_collectives else self._rank
+        data = encode_metadata(metadata, records)
+        replaced = self._replaced_names(metadata_file_name(rank))
+        replace_file(self.path, metadata_file_name(rank), data, fsync=self.options.fsync)
+        self._clean_up(set(records.paths), replaced, rank)
+
+    def _replaced_names(self, metadata_name: str) -> set[str]:
+        """Data files that the metadata about to be replaced names, by stock's names, which carry no save id."""
+        if not any(is_data_file_name(name, has_save_id=False) for name in os.listdir(self.path)):
+            return set()
+        names = self._names_in(metadata_name) or set()
+        return {name for name in names if is_data_file_name(name, has_save_id=False)}
+
+    def _clean_up(self, needed: set[str], replaced: set[str], rank: int | None) -> None:
+        for metadata_name in metadata_names(self.path):
+            if metadata_name != metadata_file_name(rank):
+                named = self._names_in(metadata_name)
+                if named is None:
+                    return  # unreadable: what it needs is unknown, so nothing is removed
+                needed |= named
+        stale = (set(stale_data_names(self.path, rank=rank)) | replaced) - needed
+        remove_files(self.path, stale, fsync=self.options.fsync)
+
+    def _names_in(self, metadata_name: str) -> set[str] | None:
+        """The files that a metadata file names; none if it does not exist, None if it cannot be read."""
+        path = os.path.join(self.path, metadata_name)
+        try:
+            with open(path, "rb") as file:
+                metadata = decode_metadata(file.read(), path=path, trust_pickle=False)
+            return {info.relative_path for info in (metadata.storage_data or {}).values()}
+        except FileNotFoundError:
+            return set()
+        except (OSError, GpuDcpError, AttributeError) as err:
+            _logger.warning("%s: cannot be read, so old files are left in place: %s", path, err)
+            return None
+
+    def release(self) -> None:
+        """Let the directory go. Safe to call at any time; a save that was not committed leaves the old checkpoint."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def storage_meta(self) -> StorageMeta:
+        """The checkpoint's id, as a string: Python 3.13 pickles paths in a way that 3.11 cannot read."""
+        return StorageMeta(checkpoint_id=self.path, save_id=self._save_id or None)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """The directory."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this could be a path on a mounted file system."""
+        return "://" not in os.fspath(checkpoint_id)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+
+def _records(items: list[WriteItem], plan: SaveChunkPlan, receipts: list[FileReceipt]) -> ItemRecords:
+    """One row for each write item, in the order of the plan's files.
+
+    Raises:
+        PlanError: an item has no receipt: some bytes were planned and not written.
+    """
+    writes = [write for file in plan.files for write in file.writes]
+    crcs = [crc for receipt in receipts for crc in receipt.crcs]
+    written = sum(receipt.nbytes for receipt in receipts)
+    if not len(items) == len(writes) == len(crcs) or written != plan.nbytes:
+        raise PlanError(
+            f"{len(items)} items were planned as {len(writes)} writes of {plan.nbytes} bytes; "
+            f"{len(crcs)} writes of {written} bytes were finished"
+        )
+    chunks = [write if isinstance(write, ChunkWrite) else None for write in writes]
+    dtypes = {chunk.dtype: 0 for chunk in chunks if chunk is not None}
+    dtypes = {dtype: number for number, dtype in enumerate(dtypes)}
+    return ItemRecords(
+        indices=[items[write.position].index for write in writes],
+        paths=[file.path for file in plan.files],
+        path_ids=np.repeat(np.arange(len(plan.files)), [len(file.writes) for file in plan.files]),
+        byte_offsets=_column([write.byte_offset for write in writes]),
+        nbytes=_column([write.nbytes for write in writes]),
+        payload_offsets=_column([-1 if chunk is None else chunk.payload_offset for chunk in chunks]),
+        dtypes=list(dtypes),
+        dtype_ids=_column([-1 if chunk is None else dtypes[chunk.dtype] for chunk in chunks]),
+        crcs=_column([-1 if crc is None else crc for crc in crcs]),
+    )
+
+
+def _column(values: list[int]) -> Int64:
+    return np.array(values, dtype=np.int64)
+
+
+def _own_results(results: Any) -> WriteResults:
+    if not isinstance(results, WriteResults):
+        raise PlanError(f"the write results of a rank are a {type(results).__name__}, not what this writer returned")
+    return results

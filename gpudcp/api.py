@@ -61,15 +61,15 @@ def save(
     if storage_writer is None:
         storage_writer = GpuStorageWriter(_required(checkpoint_id, "storage_writer"), options=options)
     elif options is not None:
-        raise PlanError("options go to the storage_writer that is given, GpuStorageWriter(path, options=...), not to save")
+        raise PlanError(
+            "options go to the storage_writer that is given, GpuStorageWriter(path, options=...), not to save"
+        )
     elif checkpoint_id is not None:
         storage_writer.reset(checkpoint_id)
     values = {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
     ranks = Ranks(process_group, no_dist=_is_alone(no_dist))
     with collector_paused():
-        return run_save(
-            values, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives
-        )
+        return run_save(values, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
 
 
 def load(
@@ -84,9 +84,9 @@ def load(
 ) -> None:
     """Load a DCP checkpoint, gpudcp's or stock torch's, into a state dict, in place.
 
-    Tensors are filled where they are, every rank reading the parts it needs, however the checkpoint was sharded; objects
-    are replaced; ``load_state_dict()`` is called on values that have it. A load that raises has changed some of the
-    tensors: treat the state dict as lost.
+    Tensors are filled where they are, every rank reading the parts it needs, however the checkpoint was sharded;
+    objects are replaced; ``load_state_dict()`` is called on values that have it. A load that raises has changed some
+    of the tensors: treat the state dict as lost.
 
     Args:
         state_dict: says what to load, and takes it.
@@ -104,7 +104,9 @@ def load(
     if storage_reader is None:
         storage_reader = GpuStorageReader(_required(checkpoint_id, "storage_reader"), options=options)
     elif options is not None:
-        raise PlanError("options go to the storage_reader that is given, GpuStorageReader(path, options=...), not to load")
+        raise PlanError(
+            "options go to the storage_reader that is given, GpuStorageReader(path, options=...), not to load"
+        )
     elif checkpoint_id is not None:
         storage_reader.reset(checkpoint_id)
     planner = planner or DefaultLoadPlanner(trust_pickle=options is not None and options.trust_pickle)

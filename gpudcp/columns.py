@@ -71,6 +71,8 @@ def _joined(columns: list[Int64]) -> Int64:
 def _renumbered(ids: Int64, values: list[Any], numbers: dict[Any, int]) -> Int64:
     if not values:
         return ids
-    table = np.fromiter((numbers.setdefault(value, len(numbers)) for value in values), dtype=np.int64, count=len(values))
+    table = np.fromiter(
+        (numbers.setdefault(value, len(numbers)) for value in values), dtype=np.int64, count=len(values)
+    )
     # A row without a value (-1) takes the table's last entry: it is masked by the columns that say so.
     return table[ids]

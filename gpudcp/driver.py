@@ -1,10 +1,11 @@
 """One save, one load: DCP's calls in DCP's order, over any planner and any storage, and our own coordination.
 
-Each step runs on every rank that takes part in it; then the ranks exchange what came of it, an error as text and pickle,
-so that every rank knows of every failure before the next step starts, and none is left waiting.
+Each step runs on every rank that takes part in it; then the ranks exchange what came of it, so that every rank knows of
+every failure before the next step starts, and none is left waiting (see `gpudcp.ranks`).
 
 Save: set up, local plan | gather, global plan on the coordinator, scatter | finish plan, write | gather, finish on the
-coordinator, broadcast. Load: read metadata, set up, local plan | gather, global plan, scatter | finish plan, read | vote.
+coordinator, broadcast.
+Load: read metadata, set up, local plan | gather, global plan on the coordinator, scatter | finish plan, read | vote.
 """
 
 from __future__ import annotations
@@ -66,16 +67,13 @@ def run_save(
 def run_load(state_dict: dict[str, Any], reader: StorageReader, planner: LoadPlanner, ranks: Ranks) -> None:
     """Load into ``state_dict``, in which no value is Stateful any more."""
 
-
     own: list[LoadPlan] = []
 
     def local_plan() -> tuple[LoadPlan, bool]:
         metadata, use_collectives = _read_metadata(reader, ranks.rank)
         planner.set_up_planner(state_dict, metadata, ranks.is_coordinator)
         known = {"rank": ranks.rank, "use_collectives": use_collectives}
-        reader.set_up_storage_reader(
-            metadata, ranks.is_coordinator, **_accepted(reader.set_up_storage_reader, known)
-        )
+        reader.set_up_storage_reader(metadata, ranks.is_coordinator, **_accepted(reader.set_up_storage_reader, known))
         own.append(reader.prepare_local_plan(planner.create_local_plan()))
         return own[0], use_collectives
 

@@ -2,7 +2,7 @@
 
 GpuDcpError
 ├── PlanError(ValueError)                 what was asked for does not fit what there is
-├── BackendUnavailableError(RuntimeError) a backend asked for by name cannot be used here; the message ends with the remedy
+├── BackendUnavailableError(RuntimeError) a backend asked for by name cannot be used here; the message has the remedy
 ├── TransferError(OSError)                bytes did not move: path, byte offset, expected and moved bytes, errno
 ├── CorruptCheckpointError(ValueError)    bytes are there, and wrong: tensor, file, both checksums
 ├── UnsafeCheckpointError(ValueError)     reading would run code or leave the directory: the global or path refused
@@ -12,8 +12,8 @@ GpuDcpError
 ├── CheckpointBusyError(RuntimeError)     another save, or a newer checkpoint, got in the way; trying again can help
 └── RankFailedError(RuntimeError)         an error from outside this tree stopped one or more ranks
 
-Ranks send errors to each other by pickle, and one that does not unpickle leaves the other ranks hanging: every error here
-survives ``pickle.loads(pickle.dumps(error))`` with its attributes.
+Ranks send errors to each other by pickle, and one that does not unpickle leaves the other ranks hanging: every error
+here survives ``pickle.loads(pickle.dumps(error))`` with its attributes.
 """
 
 from __future__ import annotations

@@ -39,7 +39,9 @@ class Probe:
 
     def __str__(self) -> str:
         lines = [f"Python {self.python}, torch {self.torch}"]
-        lines += [f"{'yes' if each.is_available else 'no ':3} {each.name:12} {each.reason}" for each in self.capabilities]
+        lines += [
+            f"{'yes' if each.is_available else 'no ':3} {each.name:12} {each.reason}" for each in self.capabilities
+        ]
         return "\n".join(lines)
 
 
@@ -68,7 +70,9 @@ def _direct(directory: str) -> Capability:
     kind = file_system_type(directory)
     if not supports_direct_io(directory):
         return Capability(
-            name="direct", is_available=False, reason=f"{directory} ({kind}) opens no file with O_DIRECT; writes are buffered"
+            name="direct",
+            is_available=False,
+            reason=f"{directory} ({kind}) opens no file with O_DIRECT; writes are buffered",
         )
     choice = choose_write(directory, "auto")
     return Capability(name="direct", is_available=True, reason=f"O_DIRECT works in {directory}; auto: {choice.reason}")

@@ -89,7 +89,12 @@ class Ranks:
         if self._is_alone:
             return self._alone(step, act)
         values: list[T] = []
-        own, error = self._attempt(lambda: values.append(act()) or b"")
+
+        def attempt() -> bytes:
+            values.append(act())
+            return b""
+
+        own, error = self._attempt(attempt)
         outcomes: list[Any] = [None] * self._size
         dist.all_gather_object(outcomes, own.failures, group=self._group)
         failures = {rank: failure for outcome in outcomes for rank, failure in outcome.items()}

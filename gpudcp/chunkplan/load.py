@@ -134,9 +134,7 @@ def plan_load(
         for read in _coalesced(path, sorted(by_path[path], key=_BYTE_OFFSET), slab_nbytes, gap_nbytes)
     ]
     with_segments, covered = _with_segments(reads, checks)
-    return LoadChunkPlan(
-        reads=with_segments, empty_positions=tuple(empty), checks=covered, slab_nbytes=slab_nbytes
-    )
+    return LoadChunkPlan(reads=with_segments, empty_positions=tuple(empty), checks=covered, slab_nbytes=slab_nbytes)
 
 
 _BYTE_OFFSET = attrgetter("byte_offset")
@@ -264,5 +262,7 @@ def _ends_before(read: SlabRead, check: PayloadCheck) -> bool:
 
 
 def whole_payload_request(check: PayloadCheck) -> ReadRequest:
-    """A request for every byte of a payload, for no destination: what ``verify="full"`` adds for a payload read in part."""
-    return ReadRequest(NO_DESTINATION, check.path, check.payload_offset, torch.uint8, (1,), 0, (0,), (check.payload_nbytes,))
+    """A request for every byte of a payload, for no destination: what ``verify="full"`` adds where a part is read."""
+    return ReadRequest(
+        NO_DESTINATION, check.path, check.payload_offset, torch.uint8, (1,), 0, (0,), (check.payload_nbytes,)
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,17 +20,13 @@ class ChunkWrite(NamedTuple):
     position: int
     """Of its write item in the SavePlan."""
     byte_offset: int
+    nbytes: int
+    """Of the envelope and the payload."""
+    payload_offset: int
+    """In the file."""
     envelope: Envelope
     dtype: torch.dtype
     sizes: tuple[int, ...]
-
-    @property
-    def payload_offset(self) -> int:
-        return self.byte_offset + len(self.envelope.prefix)
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.envelope.prefix) + self.envelope.payload_nbytes + len(self.envelope.suffix)
 
 
 class LiteralWrite(NamedTuple):
@@ -39,11 +34,8 @@ class LiteralWrite(NamedTuple):
 
     position: int
     byte_offset: int
+    nbytes: int
     data: bytes
-
-    @property
-    def nbytes(self) -> int:
-        return len(self.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +49,15 @@ class SaveFilePlan:
     writes: tuple[ChunkWrite | LiteralWrite, ...]
 
     def __post_init__(self) -> None:
-        for before, after in pairwise(self.writes):
-            if before.byte_offset + before.nbytes > after.byte_offset:
+        end = 0
+        for write in self.writes:
+            start, nbytes = write.byte_offset, write.nbytes
+            if start < end:
                 raise PlanError(
-                    f"{self.path}: item {before.position} ends at byte {before.byte_offset + before.nbytes}, "
-                    f"item {after.position} starts at byte {after.byte_offset}"
+                    f"{self.path}: item {write.position} starts at byte {start}, the one before it ends at byte {end}"
                 )
-        if self.writes and (end := self.writes[-1].byte_offset + self.writes[-1].nbytes) > self.nbytes:
+            end = start + nbytes
+        if end > self.nbytes:
             raise PlanError(f"{self.path}: items need {end} bytes, the file has {self.nbytes}")
 
     def slabs(self) -> Iterator[tuple[int, int]]:
@@ -110,18 +104,18 @@ def plan_save(
     for position, item in enumerate(items):
         if position in literals:
             data = literals[position]
-            writes.append(LiteralWrite(position, cursor, data))
+            writes.append(LiteralWrite(position, cursor, len(data), data))
             cursor += len(data)
             continue
         dtype, sizes = _described(item)
         envelope = envelope_at(cursor, dtype, sizes)
-        writes.append(ChunkWrite(position, cursor, envelope, dtype, sizes))
-        cursor += len(envelope.prefix) + envelope.payload_nbytes + len(envelope.suffix)
+        payload_offset = cursor + len(envelope.prefix)
+        end = payload_offset + envelope.payload_nbytes + len(envelope.suffix)
+        writes.append(ChunkWrite(position, cursor, end - cursor, payload_offset, envelope, dtype, sizes))
+        cursor = end
     if not writes:
         return SaveChunkPlan(files=())
-    return SaveChunkPlan(
-        files=(SaveFilePlan(path=path, nbytes=cursor, slab_nbytes=slab_nbytes, writes=tuple(writes)),)
-    )
+    return SaveChunkPlan(files=(SaveFilePlan(path=path, nbytes=cursor, slab_nbytes=slab_nbytes, writes=tuple(writes)),))
 
 
 def _described(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -115,8 +115,10 @@ class CpuExecutor:
                         finish_oldest()
                     with stopwatch.phase("resolve"):
                         straight = destinations.straight_view(read) if read.is_straight else None
-                    slab = slabs.pop() if straight is None else None
-                    into = straight if slab is None else slab.view[: read.nbytes]
+                    slab, into = None, straight
+                    if into is None:
+                        slab = slabs.pop()
+                        into = slab.view[: read.nbytes]
                     future = pool.submit(_read_and_checksum, open_file(read.path), read, into)
                     in_flight.append(_ReadInFlight(read, slab, straight, future))
                 while in_flight:
@@ -157,7 +159,7 @@ class _Packer:
             self.put_bytes(bytes(gap))
 
     def put_small(self, envelope: Envelope, address: int, *, has_checksum: bool) -> int | None:
-        """A whole item that fits into the slab at hand, with its payload's bytes from an address; returns their CRC-32."""
+        """A whole item that fits into the slab at hand, its payload from an address; returns the payload's CRC-32."""
         view, start = self._slab.view, self._fill
         payload = start + len(envelope.prefix)
         suffix = payload + envelope.payload_nbytes
@@ -288,8 +290,8 @@ class _Checksums:
                     continue
             if crc != check.crc32:
                 raise CorruptCheckpointError(
-                    f"{check.path}: {check.fqn}: the {check.payload_nbytes} bytes at {check.payload_offset} have CRC-32 "
-                    f"{crc:#010x}, {check.crc32:#010x} was saved",
+                    f"{check.path}: {check.fqn}: the {check.payload_nbytes} bytes at {check.payload_offset} "
+                    f"have CRC-32 {crc:#010x}, {check.crc32:#010x} was saved",
                     path=check.path,
                     fqn=check.fqn,
                     expected_crc32=check.crc32,

@@ -9,7 +9,7 @@ from gpudcp.options import Options
 
 _NOT_BUILT = {
     "cuda": "the CUDA executor is not part of this version of gpudcp; use Options(executor='auto') or 'cpu'",
-    "interpret": "the interpreted executor is not part of this version of gpudcp; use Options(executor='auto') or 'cpu'",
+    "interpret": "the interpreter is not part of this version of gpudcp; use Options(executor='auto') or 'cpu'",
     "gds": "GPUDirect Storage is not part of this version of gpudcp; use Options(files='auto') or 'posix'",
     "kvikio": "KvikIO files are not part of this version of gpudcp; use Options(files='auto') or 'posix'",
 }

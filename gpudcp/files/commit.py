@@ -1,8 +1,8 @@
 """How a checkpoint becomes visible: file names, the lock, the atomic replacement of `.metadata`, the clean-up.
 
-At every instant the directory holds one whole checkpoint. Data files carry the id of their save, so an overwrite touches
-no file that the old `.metadata` names; `.metadata` is replaced in one rename, after everything that it names is on stable
-storage; only then the old files go.
+At every instant the directory holds one whole checkpoint. Data files carry the id of their save, so an overwrite
+touches no file that the old `.metadata` names; `.metadata` is replaced in one rename, after everything that it names is
+on stable storage; only then the old files go.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from typing import ClassVar
 
 from gpudcp.errors import CheckpointBusyError, TransferError
 from gpudcp.files.posix import fsync_directory
@@ -67,7 +68,7 @@ def make_directory(path: str, *, fsync: bool) -> None:
 
 
 def replace_file(directory: str, name: str, data: bytes, *, fsync: bool) -> None:
-    """Put a file in place at once: a temporary file, fsynced, then renamed over ``name``, then the directory fsynced."""
+    """Put a file in place at once: a temporary file, fsynced, renamed over ``name``, and the directory fsynced."""
     path = os.path.join(directory, name)
     temporary = path + TEMPORARY_SUFFIX
     with _os_errors_named(path):
@@ -126,7 +127,7 @@ class DirectoryLock:
     where no hook told the writer so. A lock that becomes garbage is released.
     """
 
-    _held: weakref.WeakValueDictionary[str, DirectoryLock] = weakref.WeakValueDictionary()
+    _held: ClassVar[weakref.WeakValueDictionary[str, DirectoryLock]] = weakref.WeakValueDictionary()
     _guard = threading.Lock()
 
     def __init__(self, path: str, fd: int) -> None:

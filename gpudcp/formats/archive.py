@@ -34,7 +34,7 @@ ReadAt = Callable[[int, int], "bytes | memoryview"]
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as it lies in its file: strides and the storage offset are elements, from the payload's first byte on."""
+    """A tensor as it lies in its file; strides and the storage offset are elements, counted in the payload."""
 
     payload_offset: int
     payload_nbytes: int

@@ -12,7 +12,7 @@ from typing import Any
 try:
     from isal import isal_zlib as _isal
 except ImportError:
-    _isal = None
+    _isal = None  # type: ignore[assignment]
 
 crc32: Callable[..., int] = zlib.crc32 if _isal is None else _isal.crc32
 """``crc32(buffer, value=0) -> int``: the CRC-32 of ``buffer`` appended to what gave ``value``."""

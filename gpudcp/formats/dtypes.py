@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 STORAGE_NAMES: dict[torch.dtype, str] = {
@@ -33,6 +35,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def is_savable(dtype: torch.dtype) -> bool:
     """Whether stock torch can save and load a tensor of this dtype."""
     name = dtype_name(dtype)

@@ -1,9 +1,9 @@
 """Assemble the pickle of a checkpoint's Metadata from columns, without making its objects.
 
 The C pickler writes everything that is shared (names, sizes, classes, planner data) once, into its memo; its STOP is
-turned into a POP. What follows are fixed-width records that fetch from that memo, so NumPy fills all records of a kind at
-once. Unpickled, the result is equal, field by field, to what ``pickle.dumps(metadata)`` gives, and no two entries share a
-mutable object. Opcodes: Python's pickletools, protocol 4.
+turned into a POP. What follows are fixed-width records that fetch from that memo, so NumPy fills all records of a kind
+at once. Unpickled, the result is equal, field by field, to what ``pickle.dumps(metadata)`` gives, and no two entries
+share a mutable object. Opcodes: Python's pickletools, protocol 4.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
     chunks = list(chain.from_iterable(map(attrgetter("chunks"), tensors)))
     if not {type(chunk) for chunk in chunks} <= {ChunkStorageMetadata}:
         return None
-    states = [value.properties.__getstate__() for value in tensors]
+    states = [_state_of(value.properties) for value in tensors]
 
     # One object for all equal ones: what the memo knows them by.
     names: dict[str, str] = {}
@@ -104,9 +104,10 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
 
 
 _WORDS = (
-    "state_dict_metadata planner_data storage_data storage_meta version properties size chunks offsets sizes "
-    "fqn offset index relative_path length gpudcp"
-).split()
+    *("state_dict_metadata", "planner_data", "storage_data", "storage_meta", "version"),
+    *("properties", "size", "chunks", "offsets", "sizes"),
+    *("fqn", "offset", "index", "relative_path", "length", "gpudcp"),
+)
 _CLASSES = (
     Metadata,
     TensorStorageMetadata,
@@ -116,6 +117,11 @@ _CLASSES = (
     MetadataIndex,
     StorageInfo,
 )
+
+
+def _state_of(properties: Any) -> tuple[Any, ...]:
+    state: tuple[Any, ...] = properties.__getstate__()
+    return state
 
 
 def _unified(found: Any, known: dict[Any, Any]) -> list[Any]:
@@ -128,7 +134,7 @@ def _pickle_shared(shared: list[Any]) -> tuple[bytes, dict[int, int]]:
     pickler = pickle.Pickler(buffer, protocol=4)
     pickler.dump(shared)
     data = buffer.getvalue()
-    memo = {key: index for key, (index, _) in pickler.memo.copy().items()}  # type: ignore[attr-defined]
+    memo = {key: index for key, (index, _) in pickler.memo.copy().items()}
     return data[:-1] + b"0", memo
 
 
@@ -163,7 +169,9 @@ class _Emitter:
         tensors: list[TensorStorageMetadata],
     ) -> bytes:
         """The entries of ``state_dict_metadata``, in its order, for the dict below them."""
-        is_tensor = np.fromiter((type(value) is TensorStorageMetadata for value in values), dtype=bool, count=len(values))
+        is_tensor = np.fromiter(
+            (type(value) is TensorStorageMetadata for value in values), dtype=bool, count=len(values)
+        )
         keys = self.column(fqns)
         heads = _rows(
             _GET, keys[is_tensor], self.get(TensorStorageMetadata) + _NEW + _STATE,

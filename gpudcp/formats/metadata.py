@@ -91,7 +91,9 @@ def decode_metadata(data: bytes, *, path: str, trust_pickle: bool) -> Metadata:
     except Exception as err:
         raise CorruptCheckpointError(f"{path}: no readable pickle: {type(err).__name__}: {err}", path=path) from err
     if not isinstance(metadata, Metadata) or not isinstance(getattr(metadata, "state_dict_metadata", None), dict):
-        raise CorruptCheckpointError(f"{path}: holds a {type(metadata).__name__}, not a checkpoint's Metadata", path=path)
+        raise CorruptCheckpointError(
+            f"{path}: holds a {type(metadata).__name__}, not a checkpoint's Metadata", path=path
+        )
     return metadata
 
 

@@ -1,17 +1,17 @@
 """What the bytes of an object item mean: dumped as torch.save does, loaded without running the code that they name.
 
-torch's weights-only unpickler does the loading. It takes too little (no NumPy, dates, paths), so it is lent a list of
-harmless types for the time of a load. And for NumPy it checks too little: a dtype's state, taken as it comes, turns
-bytes into object pointers. So a pickle that needs the list is first run over stand-ins, and every NumPy object in it
-must look as NumPy itself writes it.
+torch's weights-only unpickler loads them. It takes too little (no NumPy, dates, paths), so it is lent a list of
+harmless types for the time of a load. And of NumPy, which trusts its pickles, it checks too little: so a pickle that
+needs the list is run over stand-ins first, and every NumPy object in it must look as NumPy itself writes it.
 
-Not a bound on memory or time: a hostile file can waste both, as it can with torch's own list (``bytearray(10**12)``).
+No bound on memory or time: a hostile file can waste both, as it can with torch's own list (``bytearray(10**12)``).
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import copyreg
 import datetime
 import decimal
 import fractions
@@ -26,27 +26,19 @@ import threading
 import types
 import uuid
 from collections.abc import Callable, Mapping
-from copyreg import dispatch_table
-from typing import Any, NamedTuple, NoReturn
+from dataclasses import dataclass
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 
 from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
 
-_LEAF_TYPES = frozenset({int, float, bool, str, bytes, type(None)})
-_SEQUENCE_TYPES = frozenset({list, tuple, set})
 # Longer integers take an opcode, LONG4, that the weights-only unpickler does not know.
 _MAX_INTEGER_BITS = 8 * 255 - 1
-_BIT_GENERATORS = (
-    np.random.MT19937,
-    np.random.PCG64,
-    np.random.PCG64DXSM,
-    np.random.Philox,
-    np.random.SFC64,
-)
-_SEED_MAKER = "numpy.random.bit_generator.__pyx_unpickle_SeedSequence"
+_BIT_GENERATORS = (np.random.MT19937, np.random.PCG64, np.random.PCG64DXSM, np.random.Philox, np.random.SFC64)
 _BIT_GENERATOR_MAKER = "numpy.random._pickle.__bit_generator_ctor"
+_SEED_MAKER = "numpy.random.bit_generator.__pyx_unpickle_SeedSequence"
 # Where a generator reads next in its block of words. NumPy takes any number, and would read outside the block.
 _LAST_POSITIONS = {"pos": 624, "buffer_pos": 4}
 _ALIGNED_STRUCT = 0x80
@@ -58,87 +50,82 @@ _REGISTRATION = threading.RLock()
 def dump_object(value: object) -> bytes:
     """The bytes of an object item: torch.save's, which stock DCP reads.
 
-    Deques and defaultdicts are written as calls with all their items. Python's own way, filling them one by one, is
-    refused by the weights-only unpickler.
+    Deques and defaultdicts are written as calls with all their items: Python's own way, making them empty and filling
+    them, is refused by the weights-only unpickler.
     """
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer, pickle_module=_LoadablePickle)
     except RecursionError:
-        # A deque that holds itself has no such call. Python's own way knows it.
+        # A deque that holds itself cannot be written as a call with its items.
         buffer = io.BytesIO()
         torch.save(value, buffer)
     return buffer.getvalue()
 
 
 def load_object(data: io.BytesIO, *, fqn: str, trust_pickle: bool) -> object:
-    """The object in ``data``, read from its start; its tensors lie on the CPU.
+    """The object in ``data``, read from its start, with its tensors on the CPU.
 
     Raises:
-        UnsafeCheckpointError: the bytes ask for something that is not known to be harmless, and nothing of it was run.
+        UnsafeCheckpointError: the bytes ask for something that is not known to be harmless; it was not run.
         CorruptCheckpointError: the bytes are no torch.save file, or what they describe cannot be built.
     """
     try:
-        if trust_pickle:
-            data.seek(0)
-            return torch.load(data, map_location="cpu", weights_only=False)
-        return _load_harmless(data, map_location="cpu")
+        if not trust_pickle:
+            return _load_harmless(data, map_location="cpu")
+        data.seek(0)
+        return torch.load(data, map_location="cpu", weights_only=False)
     except _RefusedError as refusal:
         raise UnsafeCheckpointError(f"object {fqn!r} was not loaded: {refusal}", refused=refusal.refused) from None
     except MemoryError:
         raise
     # Arbitrary bytes make an unpickler, and the types that it calls, raise almost anything.
     except Exception as error:
-        raise CorruptCheckpointError(
-            f"object {fqn!r} cannot be loaded: {type(error).__name__}: {_first_line(error)}", fqn=fqn
-        ) from error
+        raise CorruptCheckpointError(f"object {fqn!r} cannot be loaded: {_in_a_line(error)}", fqn=fqn) from error
 
 
 def unsafe_reason(value: object, data: bytes) -> tuple[str, str] | None:
-    """What ``load_object(..., trust_pickle=False)`` would refuse in ``data``, the dump of ``value``, and why.
+    """Why ``load_object(..., trust_pickle=False)`` would not load ``data``, the dump of ``value``.
 
     Returns:
-        None if it would load, else the type or global refused, and the reason.
+        The type or global that it would refuse, and the reason; None if it would load.
     """
     if _is_plain(value):
         return None
-    # On the meta device no tensor is read. Quantized and nested tensors exist on the CPU only.
-    for map_location in ("meta", "cpu"):
+    try:
         try:
-            _load_harmless(io.BytesIO(data), map_location=map_location)
-            return None
-        except _RefusedError as refusal:
-            return refusal.refused, refusal.reason
-        except MemoryError:
-            raise
-        except Exception as error:
-            failure = f"{type(error).__name__}: {_first_line(error)}"
-    return f"{type(value).__module__}.{type(value).__qualname__}", failure
+            # No tensor's data is read for the meta device.
+            _load_harmless(io.BytesIO(data), map_location="meta")
+        except RuntimeError:
+            # Quantized and nested tensors cannot be on it.
+            _load_harmless(io.BytesIO(data), map_location="cpu")
+    except _RefusedError as refusal:
+        return refusal.refused, refusal.reason
+    except MemoryError:
+        raise
+    except Exception as error:
+        return _path(type(value)), _in_a_line(error)
+    return None
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a value is built of nothing but plain Python types, so that a trial load would tell nothing new."""
-    pending, seen = [value], set()
+    """Whether a value is built of nothing but plain Python types, which always load."""
+    pending: list[Any] = [value]
+    seen: set[int] = set()
     while pending:
         part = pending.pop()
         kind = type(part)
-        if kind in _LEAF_TYPES:
-            if kind is int and part.bit_length() > _MAX_INTEGER_BITS:  # type: ignore[attr-defined]
-                return False
+        if kind in (float, bool, str, bytes, type(None)) or (kind is int and part.bit_length() <= _MAX_INTEGER_BITS):
             continue
-        # Met before: shared, or inside itself, and tuples inside themselves take opcodes of their own.
-        if id(part) in seen:
+        # Met before: shared, or inside itself, and a tuple inside itself takes opcodes of its own.
+        if id(part) in seen or kind not in (list, tuple, set, dict, collections.OrderedDict):
             return False
         seen.add(id(part))
-        if kind in _SEQUENCE_TYPES:
-            pending.extend(part)  # type: ignore[call-overload]
-        elif kind is dict or kind is collections.OrderedDict:
-            pending.extend(part)  # type: ignore[call-overload]
-            pending.extend(part.values())  # type: ignore[attr-defined]
-            # An OrderedDict has attributes too: Module.state_dict() puts one there.
+        pending.extend(part)
+        if isinstance(part, dict):
+            pending.extend(part.values())
+            # An OrderedDict has attributes too: Module.state_dict() sets one.
             pending.extend(getattr(part, "__dict__", {}).values())
-        else:
-            return False
     return True
 
 
@@ -150,30 +137,33 @@ def _reduce_defaultdict(value: collections.defaultdict[Any, Any]) -> tuple[Any, 
     return collections.defaultdict, (value.default_factory, dict(value))
 
 
+_REDUCERS: Any = collections.ChainMap(
+    {collections.deque: _reduce_deque, collections.defaultdict: _reduce_defaultdict}, copyreg.dispatch_table
+)
+
+
 class _LoadablePickle:
     """Stands in for the pickle module: torch.save takes its Pickler from here."""
 
     class Pickler(pickle.Pickler):
-        dispatch_table = collections.ChainMap(
-            {collections.deque: _reduce_deque, collections.defaultdict: _reduce_defaultdict}, dispatch_table
-        )
+        dispatch_table = _REDUCERS
 
 
 class _RefusedError(Exception):
-    """The loader will not do what the pickle asks for."""
+    """A pickle asks for what is not known to be harmless."""
 
-    def __init__(self, refused: str, reason: str, *, is_global: bool = False) -> None:
-        registration = f"register it by torch.serialization.add_safe_globals([{refused}]) if it is harmless, or "
+    def __init__(self, refused: str, reason: str, *, can_be_registered: bool = False) -> None:
+        registration = f"torch.serialization.add_safe_globals([{refused}]) if you know it to be harmless, or "
         super().__init__(
-            f"{reason}; {registration if is_global else ''}"
-            "load with Options(trust_pickle=True), which runs whatever code the file names, if you trust its author"
+            f"{reason}; use {registration if can_be_registered else ''}"
+            "Options(trust_pickle=True), which runs whatever code the file names, if you trust its author"
         )
         self.refused = refused
         self.reason = reason
 
 
 def _load_harmless(data: io.BytesIO, *, map_location: str) -> object:
-    """torch.load with ``weights_only=True``, and with our list where torch's own and the user's do not suffice."""
+    """torch.load with ``weights_only=True``, and with our list where torch's and the user's do not suffice."""
     data.seek(0)
     try:
         return torch.load(data, map_location=map_location, weights_only=True)
@@ -187,15 +177,15 @@ def _load_harmless(data: io.BytesIO, *, map_location: str) -> object:
     try:
         unlisted = set(torch.serialization.get_unsafe_globals_in_checkpoint(data))
     except (ValueError, pickle.UnpicklingError):
-        # No zip archive, or an opcode that torch does not know: nothing that a list could help.
+        # No zip archive, or an opcode that torch does not know: no list can help.
         raise _explained(refusal, data) from None
     harmless = _harmless_globals()
     if refused := sorted(unlisted - harmless.keys()):
         raise _refused_globals(refused, refusal)
     _Inspector().run(_pickle_bytes(data))
     entries: list[Any] = [_Entry((harmless[path], path)) for path in unlisted]
-    # No GLOBAL opcode can name a line break: these can be given a state, and be neither named nor called.
-    entries += [_Entry((kind, f"{kind.__name__}\n")) for kind in _stateful_types()]
+    # These must be listed to be given a state. Under a name with a line break, which no GLOBAL opcode can say.
+    entries += [_Entry((kind, f"{kind.__name__}\n")) for kind in _unnamed_types()]
     data.seek(0)
     try:
         with _REGISTRATION, torch.serialization.safe_globals(entries):
@@ -217,41 +207,43 @@ class _Entry(tuple[Any, str]):
 
 
 def _refused_globals(refused: list[str], error: Exception) -> _RefusedError:
-    # torch knows its nested and distributed tensors once their modules are imported, and says which.
-    if needed := re.search(r"\S+ must be imported to load .*|``torch\.nested``.*", str(error)):
-        return _RefusedError(refused[0], f"{refused[0]}: {needed[0].strip()}")
-    verb = "is" if len(refused) == 1 else "are"
-    return _RefusedError(refused[0], f"{', '.join(refused[:5])} {verb} not known to be harmless", is_global=True)
+    # torch itself lists its nested and distributed tensors once their modules are imported, and says which.
+    if needed := re.search(r".* must be imported to load .*", str(error)):
+        return _RefusedError(refused[0], needed[0].removeprefix("Weights only load failed. "))
+    names = refused[0] if len(refused) == 1 else f"each of {', '.join(refused[:5])}"
+    return _RefusedError(refused[0], f"{names} is not known to be harmless", can_be_registered=True)
 
 
 def _explained(error: pickle.UnpicklingError, data: io.BytesIO) -> Exception:
-    """What torch refused, if the bytes are a sound pickle, else the error itself: they are corrupt."""
+    """What torch refused if the bytes are a whole pickle, else the error as it is: they are corrupt."""
     text = str(error)
     if found := re.search(r"GLOBAL (\S+)", text):
-        return _RefusedError(found[1], f"{found[1]} is not known to be harmless", is_global=True)
+        return _refused_globals([found[1]], error)
     try:
-        collections.deque(pickletools.genops(_pickle_bytes(data)), maxlen=0)
+        opcodes = {ord(opcode.code): opcode.name for opcode, _, _ in pickletools.genops(_pickle_bytes(data))}
     except Exception:
         return error
     if found := re.search(r"Unsupported operand (\d+)", text):
-        names = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
-        name = names.get(int(found[1]), found[1])
-        return _RefusedError(f"opcode {name}", f"torch's weights-only unpickler does not know the opcode {name}")
-    if found := re.search(r"(Can only [^\n]*) but got <class '([^']+)'>", text):
-        return _RefusedError(found[2], f"{found[2]} takes a state or items that are not known to be harmless")
-    return _RefusedError("pickle", text.strip().splitlines()[-1])
+        return _refused_opcode(opcodes.get(int(found[1]), found[1]))
+    if found := re.search(r"Can only .*but got <class '([^']+)'>", text):
+        return _RefusedError(found[1], f"the weights-only unpickler neither fills a {found[1]} nor gives it a state")
+    return _RefusedError("pickle", _in_a_line(error))
+
+
+def _refused_opcode(name: str) -> _RefusedError:
+    return _RefusedError(f"opcode {name}", f"the weights-only unpickler does not take the opcode {name}")
 
 
 def _pickle_bytes(data: io.BytesIO) -> bytes:
     if data.getvalue()[:4] != b"PK\x03\x04":
         return data.getvalue()
     data.seek(0)
-    # The reader that torch.load uses, so both see the same record in an archive that means to deceive one of them.
+    # The reader of torch.load: another could find another record in an archive made to deceive.
     return torch._C.PyTorchFileReader(data).get_record("data.pkl")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:300]
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
 
 
 def _path(value: Any) -> str:
@@ -260,45 +252,44 @@ def _path(value: Any) -> str:
 
 @functools.cache
 def _harmless_globals() -> Mapping[str, Any]:
-    """What may be named besides torch's own list: no callable here runs code, opens a file or imports a module.
+    """What may be named besides torch's own list: nothing here runs code, opens a file or imports a module.
 
-    NumPy's are safe only behind the inspector.
+    NumPy's are harmless only behind the inspector.
     """
+    listed: dict[str, Any] = {}
     paths = (pathlib.PurePosixPath, pathlib.PureWindowsPath, type(pathlib.Path()))
-    # Python 3.13 has its paths in a private module, NumPy 2 its core: files of either are read on either side.
-    listed: dict[str, Any] = {
-        f"{home}.{kind.__name__}": kind for home in ("pathlib", "pathlib._local") for kind in paths
-    }
-    for kind in (
-        *(bool, bytes, dict, float, frozenset, int, list, range, slice, str, tuple),
-        *(argparse.Namespace, types.SimpleNamespace, uuid.UUID, decimal.Decimal, fractions.Fraction, io.BytesIO),
-        *(datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone),
-        *(collections.defaultdict, collections.deque, *_BIT_GENERATORS, np.random.SeedSequence, np.dtype, np.ndarray),
-    ):
-        listed[_path(kind)] = kind
+    # Python 3.13 has its paths in a private module, NumPy 1 its core in a public one: what any wrote, all read.
+    for home in ("pathlib", "pathlib._local"):
+        listed |= {f"{home}.{kind.__name__}": kind for kind in paths}
     for home in ("numpy.core.multiarray", "numpy._core.multiarray"):
-        listed[f"{home}._reconstruct"] = _rebuilder(np.zeros(0))
-        listed[f"{home}.scalar"] = _rebuilder(np.float64(0))
+        listed |= {f"{home}._reconstruct": _maker_of(np.zeros(0)), f"{home}.scalar": _maker_of(np.float64(0))}
+    builtin = (bool, bytes, dict, float, frozenset, int, list, range, slice, str, tuple)
+    records = (argparse.Namespace, types.SimpleNamespace, collections.defaultdict, collections.deque, io.BytesIO)
+    values = (uuid.UUID, decimal.Decimal, fractions.Fraction)
+    times = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta, datetime.timezone)
+    arrays = (np.dtype, np.ndarray, np.random.SeedSequence, *_BIT_GENERATORS)
+    listed |= {_path(kind): kind for kind in (*builtin, *records, *values, *times, *arrays)}
     generator = np.random.Generator(np.random.PCG64(0))
-    for made in (np.random.RandomState(0), generator, generator.bit_generator):
-        listed[_path(_rebuilder(made))] = _rebuilder(made)
-    listed[_SEED_MAKER] = _rebuilder(np.random.SeedSequence(0))
+    randoms = (np.random.RandomState(0), generator, generator.bit_generator)
+    listed |= {_path(maker): maker for maker in map(_maker_of, randoms)}
+    listed[_SEED_MAKER] = _maker_of(np.random.SeedSequence(0))
     return types.MappingProxyType(listed)
 
 
 @functools.cache
-def _stateful_types() -> frozenset[type[Any]]:
-    """What NumPy gives a state after making it, and pickles do not name."""
+def _unnamed_types() -> frozenset[type[Any]]:
+    """What NumPy gives a state in a pickle that need not name it."""
     dtypes = {type(np.dtype(code)) for code in np.typecodes["All"]}
     return frozenset({*dtypes, *_BIT_GENERATORS, np.random.RandomState, np.random.Generator})
 
 
-def _rebuilder(value: object) -> Any:
+def _maker_of(value: object) -> Any:
     return value.__reduce__()[0]
 
 
-class _Global(NamedTuple):
-    """A class or function that a pickle names, on the inspector's stack."""
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A class or function that a pickle names."""
 
     path: str
 
@@ -307,7 +298,8 @@ class _Global(NamedTuple):
         return self.path.startswith("numpy.") and self.path in _harmless_globals()
 
 
-class _NumPyArguments(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _NumPyArguments:
     """A tuple with a class or function of NumPy in it."""
 
     items: tuple[Any, ...]
@@ -318,20 +310,20 @@ class _Inert:
 
 
 class _Inspector:
-    """Runs a pickle over stand-ins, with the opcodes of torch's weights-only unpickler: nothing is imported or called.
+    """Runs a pickle over stand-ins, with the opcodes of torch's weights-only unpickler: imports and calls nothing.
 
-    NumPy believes the states in a pickle: a dtype with false flags has its items taken for object pointers, a short
-    list is read past its end, a second state frees memory in use. So all that NumPy is given must be what NumPy itself
-    writes. And as many a function calls what it is given or finds as an attribute, a class or function of NumPy is
-    called by the pickle directly or not at all: it may lie in no container, no state and no arguments but NumPy's own.
+    NumPy believes its pickles: a dtype with false flags has its items taken for object pointers, a list that is too
+    short is read past its end, a second state frees memory in use. So NumPy must be told only what NumPy itself writes.
+    And as some functions call what they are given, or what they find as an attribute, NumPy's classes and functions are
+    called by the pickle directly or not at all: they lie in no container, in no state, and in no arguments but NumPy's.
     """
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
-        self._marked: list[list[Any]] = []
+        self._outer_stacks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
         # NumPy keeps the dict of a dtype's fields, not a copy.
-        self._kept_fields: list[dict[str, Any]] = []
+        self._kept_fields: list[object] = []
 
     def run(self, data: bytes) -> None:
         for opcode, value, _ in pickletools.genops(data):
@@ -355,53 +347,51 @@ class _Inspector:
             case "BINGET" | "LONG_BINGET":
                 stack.append(self._memo[value])
             case "MARK":
-                self._marked.append(stack)
+                self._outer_stacks.append(stack)
                 self._stack = []
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 count = int(opcode[-1])
                 stack[-count:] = [_tuple_of(stack[-count:])]
             case "TUPLE":
                 self._unmark().append(_tuple_of(stack))
-            case "APPEND":
-                item = stack.pop()
-                self._fill(stack[-1], [item])
-            case "SETITEM":
-                item, key = stack.pop(), stack.pop()
-                self._fill(stack[-1], [key, item])
+            case "APPEND" | "SETITEM":
+                count = 1 if opcode == "APPEND" else 2
+                self._fill(stack[-count - 1], stack[-count:])
+                del stack[-count:]
             case "APPENDS" | "SETITEMS":
                 self._fill(self._unmark()[-1], stack)
             case "REDUCE":
                 arguments = stack.pop()
-                stack[-1] = _made(stack[-1], arguments)
+                stack[-1] = _called(stack[-1], arguments)
             case "NEWOBJ":
-                _as_data(stack.pop(), stack[-1])
+                _check_data(stack.pop(), stack[-1])
                 stack[-1] = _Inert()
             case "BUILD":
                 state = stack.pop()
-                self._build(stack[-1], state)
+                self._set_state(stack[-1], state)
             case "BINPERSID":
-                _as_data(stack[-1])
+                _check_data(stack[-1])
                 stack[-1] = _Inert()
             case "STOP":
-                _as_data(stack[-1])
+                _check_data(stack[-1])
             case _:
-                raise _RefusedError(f"opcode {opcode}", f"torch.save does not write the opcode {opcode}")
+                raise _refused_opcode(opcode)
 
     def _unmark(self) -> list[Any]:
-        self._stack = self._marked.pop()
+        self._stack = self._outer_stacks.pop()
         return self._stack
 
     def _fill(self, target: object, items: list[Any]) -> None:
-        _as_data(*items)
+        _check_data(*items)
+        if any(target is fields for fields in self._kept_fields):
+            _refuse("dtype", "its fields change after it was made")
         if isinstance(target, list):
             target.extend(items)
         elif isinstance(target, dict):
-            if any(target is fields for fields in self._kept_fields):
-                _refuse("numpy.dtype", "its fields change after it was made")
             target.update(zip(items[::2], items[1::2], strict=True))
 
-    def _build(self, target: object, state: object) -> None:
-        _as_data(state)
+    def _set_state(self, target: object, state: Any) -> None:
+        _check_data(state)
         if isinstance(target, _Dtype | _Array | _Random | _Seed):
             target.set_state(state)
         if isinstance(target, _Dtype) and target.fields is not None:
@@ -411,37 +401,34 @@ class _Inspector:
 def _tuple_of(items: list[Any]) -> object:
     if any(isinstance(item, _Global) and item.is_numpy for item in items):
         return _NumPyArguments(tuple(items))
-    _as_data(*items)
+    _check_data(*items)
     return tuple(items)
 
 
-def _as_data(*items: object) -> None:
-    """Refuse what may not lie where data lie."""
+def _check_data(*items: object) -> None:
     for item in items:
-        if (isinstance(item, _Global) and item.is_numpy) or isinstance(item, _NumPyArguments):
-            _refuse("global", f"{item} stands where data belong")
-        # In use now, it could be given a state later: another dtype for the same bytes, other memory.
-        if isinstance(item, _Dtype | _Array) and item.made is None:
-            _refuse("state", "it is set after the object is used")
+        if isinstance(item, _NumPyArguments) or (isinstance(item, _Global) and item.is_numpy):
+            _refuse("name", f"{item} stands where data belong")
+        # In use already, it would get another meaning, or other memory.
+        if isinstance(item, _Dtype | _Array) and item.dtype is None:
+            _refuse("object", "it is used before its state is set")
 
 
-def _refuse(name: str, reason: str) -> NoReturn:
-    raise _RefusedError(f"numpy {name}", f"the pickle has a NumPy {name} that NumPy does not write: {reason}")
+def _refuse(kind: str, reason: str) -> NoReturn:
+    raise _RefusedError(f"NumPy {kind}", f"it has a NumPy {kind} that NumPy does not write: {reason}")
 
 
-def _made(maker: object, arguments: object) -> object:
+def _called(maker: object, arguments: Any) -> object:
     """What stands for the result of a call."""
     if not isinstance(maker, _Global):
-        raise pickle.UnpicklingError(f"{type(maker).__name__} is called")
+        raise pickle.UnpicklingError(f"a {type(maker).__name__} is called")
     if maker.is_numpy:
-        if (make := _NUMPY_CALLS.get(maker.path)) is None:
-            _refuse("global", f"{maker.path} is called")
-        return make(*(arguments.items if isinstance(arguments, _NumPyArguments) else _tuple(arguments)))
-    _as_data(arguments)
-    if maker.path == "_codecs.encode":
-        text, encoding = _tuple(arguments)
-        if type(text) is str and encoding == "latin1":
-            return text.encode("latin1")
+        if maker.path not in _NUMPY_CALLS:
+            _refuse("name", f"{maker.path} is called")
+        return _NUMPY_CALLS[maker.path](*(arguments.items if isinstance(arguments, _NumPyArguments) else arguments))
+    _check_data(arguments)
+    if maker.path == "_codecs.encode" and type(arguments[0]) is str and arguments[1:] == ("latin1",):
+        return arguments[0].encode("latin1")
     if maker.path in ("builtins.bytes", "__builtin__.bytes"):
         if arguments != ():
             raise _RefusedError("builtins.bytes", "builtins.bytes is called with an argument")
@@ -449,14 +436,8 @@ def _made(maker: object, arguments: object) -> object:
     return _Inert()
 
 
-def _tuple(value: object) -> tuple[Any, ...]:
-    if type(value) is not tuple:
-        raise pickle.UnpicklingError(f"a {type(value).__name__} stands where a tuple belongs")
-    return value
-
-
 class _Dtype:
-    """A dtype, made from a code and then, once, given a state: the state that NumPy gives the dtype described."""
+    """A dtype, made from a code and then, once, given a state: the one that NumPy gives the dtype so described."""
 
     def __init__(self, code: object, align: object, copy: object) -> None:
         # With copy=False it would be NumPy's own dtype, and the state would change it for the whole process.
@@ -464,44 +445,38 @@ class _Dtype:
             _refuse("dtype", f"it is made from {(code, align, copy)}")
         self._code = code
         self.fields: dict[str, Any] | None = None
-        self.made: np.dtype[Any] | None = None
+        self.dtype: np.dtype[Any] | None = None
 
-    def set_state(self, state: object) -> None:
-        if self.made is not None:
-            _refuse("dtype", "its state is set twice")
-        version, order, subarray, names, fields, nbytes, alignment, flags, *unit = _tuple(state)
+    def set_state(self, state: Any) -> None:
+        if type(state) is not tuple or self.dtype is not None:
+            _refuse("dtype", "its state is no tuple, or set twice")
+        version, order, subarray, names, self.fields, nbytes, alignment, flags, *unit = state
+        fields: Any = None
         made: Any
         if subarray is not None:
-            base, shape = subarray
-            subarray = (base.made, shape)
+            subarray = (subarray[0].dtype, subarray[1])
             made = np.dtype(subarray)
-        elif names is not None:
-            self.fields = fields
-            fields = {name: (part.made, offset) for name, (part, offset) in fields.items()}
-            layout = {
-                "names": [*names],
-                "formats": [fields[name][0] for name in names],
-                "offsets": [fields[name][1] for name in names],
-                "itemsize": nbytes,
-            }
-            made = np.dtype(layout, align=bool(flags & _ALIGNED_STRUCT))  # type: ignore[call-overload]
+        elif names is not None and self.fields is not None:
+            fields = {name: (part.dtype, offset) for name, (part, offset) in self.fields.items()}
+            formats, offsets = [fields[name][0] for name in names], [fields[name][1] for name in names]
+            layout: Any = {"names": [*names], "formats": formats, "offsets": offsets, "itemsize": nbytes}
+            made = np.dtype(layout, align=bool(flags & _ALIGNED_STRUCT))
         else:
             step, count = unit[0][1][:2] if unit else (b"generic", 1)
-            made = np.dtype(self._code + ("" if step == b"generic" else f"[{count}{step.decode()}]")).newbyteorder(
-                order
-            )
+            made = np.dtype(self._code + ("" if step == b"generic" else f"[{count}{step.decode()}]"))
+            made = made.newbyteorder(order)
+        _, (code, *_), expected = made.__reduce__()
         found = (version, order, subarray, names, fields, nbytes, alignment, flags, *unit)
-        expected = made.__reduce__()
-        if (expected[1][0], _normal(expected[2])) != (self._code, _normal(found)):
+        if code != self._code or _normal(expected) != _normal(found):
             _refuse("dtype", f"{self._code!r} has the state {found}")
         if made.hasobject and made.kind != "O":
             # Their items are converted by what attributes say, and an attribute can name any address.
             _refuse("dtype", f"{made} has objects inside a structure")
-        self.made = made
+        self.dtype = made
 
 
 def _normal(state: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A dtype's state without what depends on the NumPy that wrote it: a signed byte of flags, {} for no metadata."""
+    """A dtype's state as all NumPys would write it: older ones sign the byte of flags, and write {} for no metadata."""
     *begin, flags = state[:8]
     return (*begin, flags + 256 if -128 <= flags < 0 else flags, *((about or None, unit) for about, unit in state[8:]))
 
@@ -512,76 +487,73 @@ class _Array:
     def __init__(self, kind: object, shape: object, code: object) -> None:
         if (kind, shape, code) != (_Global("numpy.ndarray"), (0,), b"b"):
             _refuse("array", "it is not made empty")
-        self.made: np.dtype[Any] | None = None
+        self.dtype: np.dtype[Any] | None = None
 
-    def set_state(self, state: object) -> None:
-        if self.made is not None:
-            _refuse("array", "its state is set twice")
-        _, shape, dtype, _, data = _tuple(state)
-        if any(type(length) is not int or length < 0 for length in _tuple(shape)):
+    def set_state(self, state: Any) -> None:
+        if type(state) is not tuple or self.dtype is not None:
+            _refuse("array", "its state is no tuple, or set twice")
+        _, shape, dtype, _, data = state
+        if type(shape) is not tuple or any(type(length) is not int or length < 0 for length in shape):
             _refuse("array", f"its shape is {shape}")
-        self.made = _dtype_of_items(dtype)
-        kind, nbytes = (list, 1) if self.made.hasobject else (bytes, self.made.itemsize)
+        self.dtype = _dtype_of_items(dtype)
+        kind, nbytes = (list, 1) if self.dtype.hasobject else (bytes, self.dtype.itemsize)
         if type(data) is not kind or len(data) != math.prod(shape) * nbytes:
-            _refuse("array", f"its data do not fill {shape} items of {self.made}")
+            _refuse("array", f"its data do not fill {shape} items of {self.dtype}")
+
+
+def _scalar(dtype: object, data: object) -> _Inert:
+    item_dtype = _dtype_of_items(dtype)
+    if type(data) is not bytes or len(data) != item_dtype.itemsize or item_dtype.hasobject:
+        _refuse("scalar", f"its data are no {item_dtype}")
+    return _Inert()
+
+
+def _dtype_of_items(stand_in: object) -> np.dtype[Any]:
+    if not isinstance(stand_in, _Dtype) or stand_in.dtype is None or stand_in.dtype.subdtype is not None:
+        _refuse("dtype", "it is no dtype of items")
+    return stand_in.dtype
 
 
 class _Random:
     """A bit generator, a Generator or a RandomState. NumPy reads their states without checking an index."""
 
     def __init__(self, source: object, maker: object = None) -> None:
-        named = source.path if isinstance(source, _Global) else source
-        if not isinstance(source, _Random) and named not in {
-            name for kind in _BIT_GENERATORS for name in (kind.__name__, _path(kind))
-        }:
-            _refuse("generator", f"it is made from {named!r}")
+        known = (*(kind.__name__ for kind in _BIT_GENERATORS), *(_Global(_path(kind)) for kind in _BIT_GENERATORS))
+        if not isinstance(source, _Random) and source not in known:
+            _refuse("generator", f"it is made from {source!r}")
         if maker not in (None, _Global(_BIT_GENERATOR_MAKER)):
             _refuse("generator", f"it is made by {maker!r}")
 
-    def set_state(self, state: object) -> None:
+    def set_state(self, state: Any) -> None:
         if type(state) is tuple and len(state) == 2 and (state[1] is None or isinstance(state[1], _Seed)):
             state = state[0]
-        words = state.get("state") if isinstance(state, dict) else None
-        if not isinstance(state, dict) or not isinstance(words, dict):
+        if type(state) is not dict or type(words := state.get("state")) is not dict:
             _refuse("generator", "its state is not a dict with a dict in it")
         for name, value in (*state.items(), *words.items()):
-            is_number = type(value) in (int, float) and 0 <= value <= _LAST_POSITIONS.get(name, math.inf)
-            if not (is_number or type(value) is str or value is words or _is_words(value)):
+            if name in _LAST_POSITIONS:
+                is_sound = type(value) is int and 0 <= value <= _LAST_POSITIONS[name]
+            else:
+                is_sound = type(value) in (int, float, str) or value is words or _is_words(value)
+            if not is_sound:
                 _refuse("generator", f"its state has {name!r} = {value!r}")
 
 
 class _Seed:
-    """A SeedSequence, made empty and given a state of integers."""
+    """A SeedSequence, made empty and then given a state of integers."""
 
-    def __init__(self, kind: object, checksum: object, state: object) -> None:
+    def __init__(self, kind: object, _checksum: object, state: object) -> None:
         if kind != _Global(_path(np.random.SeedSequence)) or state is not None:
             _refuse("seed", "it is not made empty")
 
-    def set_state(self, state: object) -> None:
-        pending = [state]
-        while pending:
-            part = pending.pop()
-            if type(part) is tuple or type(part) is list:
-                pending.extend(part)
-            elif not (type(part) is int or part is None or _is_words(part)):
+    def set_state(self, state: Any) -> None:
+        for part in state:
+            items = part if type(part) in (tuple, list) else (part,)
+            if not all(type(item) is int or item is None or _is_words(item) for item in items):
                 _refuse("seed", f"its state has {part!r}")
 
 
 def _is_words(value: object) -> bool:
-    return isinstance(value, _Array) and value.made is not None and value.made.kind == "u"
-
-
-def _dtype_of_items(dtype: object) -> np.dtype[Any]:
-    if not isinstance(dtype, _Dtype) or dtype.made is None or dtype.made.subdtype is not None:
-        _refuse("dtype", f"it is {dtype!r}")
-    return dtype.made
-
-
-def _scalar(dtype: object, data: object) -> _Inert:
-    made = _dtype_of_items(dtype)
-    if type(data) is not bytes or len(data) != made.itemsize or made.hasobject:
-        _refuse("scalar", f"its data are no {made}")
-    return _Inert()
+    return isinstance(value, _Array) and value.dtype is not None and value.dtype.kind == "u"
 
 
 _NUMPY_CALLS: dict[str, Callable[..., object]] = {

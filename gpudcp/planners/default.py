@@ -105,7 +105,7 @@ class DefaultLoadPlanner(torch_planners.DefaultLoadPlanner):
 
 
 def is_whole(value: object) -> bool:
-    """Whether a value is a tensor that no box of plain memory describes: sparse, nested, or a subclass with a life of its own.
+    """Whether a value is a tensor that no box of plain memory describes: sparse, nested, or of a subclass.
 
     DTensor and what else implements torch's `_Checkpointable` describe themselves, and so does ShardedTensor.
     """

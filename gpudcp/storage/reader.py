@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
 import resource
@@ -12,8 +11,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
-import torch
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -27,7 +25,11 @@ from gpudcp.chunkplan.load import (
     whole_payload_request,
 )
 from gpudcp.collector import collector_paused
-from gpudcp.errors import CheckpointBusyError, CheckpointNotFoundError, CorruptCheckpointError, GpuDcpError, TransferError
+from gpudcp.errors import (
+    CheckpointBusyError,
+    CheckpointNotFoundError,
+    TransferError,
+)
 from gpudcp.executors.select import choose_executor
 from gpudcp.files.commit import metadata_file_name
 from gpudcp.files.posix import PosixReader
@@ -106,7 +108,9 @@ class GpuStorageReader(StorageReader):
             with open(path, "rb") as file:
                 data = file.read()
         except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointNotFoundError(f"{self.path}: no checkpoint: {metadata_file_name(self._rank)} is missing") from None
+            raise CheckpointNotFoundError(
+                f"{self.path}: no checkpoint: {metadata_file_name(self._rank)} is missing"
+            ) from None
         except OSError as err:
             raise TransferError(f"{path}: cannot be read: {err.strerror}", path=path, errno=err.errno) from err
         return decode_metadata(data, path=path, trust_pickle=self.options.trust_pickle)
@@ -125,7 +129,8 @@ class GpuStorageReader(StorageReader):
         """Check that every rank has opened the same checkpoint."""
         if len(ids := {plan.storage_data for plan in plans}) > 1 and self._rank is None:
             raise CheckpointBusyError(
-                f"{self.path}: a newer checkpoint was committed while the ranks opened this one: they found {sorted(map(str, ids))}"
+                f"{self.path}: a newer checkpoint was committed while the ranks opened this one: "
+                f"they found {sorted(map(str, ids))}"
             )
         return plans
 
@@ -135,7 +140,7 @@ class GpuStorageReader(StorageReader):
         return self._metadata
 
     def _open_files(self, items: Sequence[ReadItem]) -> None:
-        """Open what the items need. Where a file is gone because a newer save committed, once more with its metadata."""
+        """Open what the items need; where a file is gone because a newer save committed, what its metadata names."""
         stored = StoredItems(self._known_metadata(), self.path)
         try:
             self._files.open(stored.paths(items))
@@ -155,8 +160,8 @@ class GpuStorageReader(StorageReader):
         for fqn in {item.storage_index.fqn for item in items}:
             if newer.state_dict_metadata.get(fqn) != planned[fqn]:
                 raise CheckpointBusyError(
-                    f"{self.path}: a newer checkpoint was committed during this load, and {fqn} is sharded otherwise in it; "
-                    "load again"
+                    f"{self.path}: a newer checkpoint was committed during this load, and {fqn} is sharded otherwise "
+                    "in it; load again"
                 ) from missing
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -255,9 +260,7 @@ class _Needs:
         payload_offset, payload_nbytes, crc, dtype, _, strides, storage_offset, _, _ = tensor
         path = place.path
         self._requests.append(
-            ReadRequest(
-                position, path, payload_offset, dtype, strides, storage_offset, item.storage_offsets, lengths
-            )
+            ReadRequest(position, path, payload_offset, dtype, strides, storage_offset, item.storage_offsets, lengths)
         )
         self.payload_nbytes += lengths.numel() * dtype.itemsize
         if payload_nbytes and (path, payload_offset) not in self._checks:

@@ -33,7 +33,7 @@ class WriteResults(Sequence[WriteResult]):
 
 
 class StorageData(Mapping[MetadataIndex, StorageInfo]):
-    """The ``storage_data`` of a Metadata that was just saved; the dict is made when somebody looks. Pickles as a dict."""
+    """The ``storage_data`` of a Metadata just saved: a dict that is made when somebody looks, and pickles as one."""
 
     def __init__(self, records: ItemRecords) -> None:
         self._records = records

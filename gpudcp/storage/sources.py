@@ -28,7 +28,9 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
         if item.type == WriteItemType.BYTE_IO:
             data = planner.resolve_data(item)
             if not isinstance(data, io.BytesIO):
-                raise PlanError(f"{item.index.fqn}: a BYTE_IO item resolved to a {type(data).__name__}, not an io.BytesIO")
+                raise PlanError(
+                    f"{item.index.fqn}: a BYTE_IO item resolved to a {type(data).__name__}, not an io.BytesIO"
+                )
             literals[position] = data.getvalue()
             if (reason := unsafe_reason(object(), literals[position])) is not None:
                 unsafe[item.index.fqn] = reason
@@ -78,7 +80,7 @@ class PlannerSource:
         dtype = data.properties.dtype
         if tensor.dtype != dtype and self._resolve_source is None and not widens_exactly(tensor.dtype, dtype):
             raise PlanError(
-                f"{item.index.fqn}: resolved to {tensor.dtype}, its item says {dtype}, which does not hold every value of it"
+                f"{item.index.fqn}: resolved to {tensor.dtype}; its item says {dtype}, which cannot hold its values"
             )
         return _with_memory(tensor, item.index.fqn)
 
@@ -97,7 +99,7 @@ def _with_memory(tensor: torch.Tensor, fqn: str) -> torch.Tensor:
 
 
 def _usable_resolve_source(planner: SavePlanner) -> Callable[[WriteItem], torch.Tensor] | None:
-    """The planner's ``resolve_source``, unless a subclass changed what ``resolve_data`` gives: then that must be asked."""
+    """The planner's ``resolve_source``, unless a subclass changed what ``resolve_data`` gives and so must be asked."""
     kind = type(planner)
     owner = next((base for base in kind.__mro__ if "resolve_source" in vars(base)), None)
     if owner is None:

@@ -1,4 +1,4 @@
-"""Where the items of an open checkpoint lie: from DCP's metadata, or from the envelope where the metadata does not say."""
+"""Where the items of an open checkpoint lie: from DCP's metadata or, where it does not say, from the envelope."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class StoredItems:
         except (AttributeError, TypeError, ValueError) as err:
             raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: {err}", fqn=index.fqn) from None
         if not (type(path) is str and type(start) is type(nbytes) is int and start >= 0 and nbytes >= 0):
-            raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: the storage record is {info!r}", fqn=index.fqn)
+            raise CorruptCheckpointError(
+                f"{self._directory}: {index.fqn}: the storage record is {info!r}", fqn=index.fqn
+            )
         if path not in self._safe_paths:
             self._check_inside(path, index.fqn)
         return StoredItem(index.fqn, path, start, nbytes, transforms, extras)
@@ -79,14 +81,18 @@ class StoredItems:
         """The sizes of the saved chunk that a storage index names."""
         tensor = self._tensors.get(index.fqn)
         if not isinstance(tensor, TensorStorageMetadata):
-            raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: is no tensor in this checkpoint", fqn=index.fqn)
+            raise CorruptCheckpointError(
+                f"{self._directory}: {index.fqn}: is no tensor in this checkpoint", fqn=index.fqn
+            )
         chunks, hint = tensor.chunks, index.index
         if hint is not None and 0 <= hint < len(chunks) and chunks[hint].offsets == index.offset:
             return chunks[hint].sizes
         for chunk in chunks:
             if chunk.offsets == index.offset:
                 return chunk.sizes
-        raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: no chunk at offset {index.offset}", fqn=index.fqn)
+        raise CorruptCheckpointError(
+            f"{self._directory}: {index.fqn}: no chunk at offset {index.offset}", fqn=index.fqn
+        )
 
     def _check_inside(self, path: str, fqn: str) -> None:
         if os.path.isabs(path) or "\0" in path or ".." in path.split("/") or not path:
@@ -122,10 +128,14 @@ def stored_tensor(item: StoredItem, sizes: tuple[int, ...], window: Window) -> S
     path = window.file.path
     offset, dtype, crc = item.extras
     if offset is None or dtype is None:
-        found = read_stored_tensor(window.read, byte_offset=item.byte_offset, nbytes=item.nbytes, path=path, fqn=item.fqn)
+        found = read_stored_tensor(
+            window.read, byte_offset=item.byte_offset, nbytes=item.nbytes, path=path, fqn=item.fqn
+        )
         if found is not None and found.sizes != sizes:
             raise CorruptCheckpointError(
-                f"{path}: {item.fqn}: the file holds shape {found.sizes}, the metadata says {sizes}", path=path, fqn=item.fqn
+                f"{path}: {item.fqn}: the file holds shape {found.sizes}, the metadata says {sizes}",
+                path=path,
+                fqn=item.fqn,
             )
         return None if found is None or found.is_conj or found.is_neg else found
     numel, strides = _row_major(sizes)
@@ -155,7 +165,9 @@ def check_box(item: ReadItem, sizes: tuple[int, ...]) -> None:
     if lengths == sizes and not any(offsets):
         return
     if len(offsets) != len(sizes) or len(lengths) != len(sizes):
-        raise PlanError(f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} of a chunk {sizes}")
+        raise PlanError(
+            f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} of a chunk {sizes}"
+        )
     for offset, length, size in zip(offsets, lengths, sizes, strict=True):
         if offset < 0 or length < 0 or offset + length > size:
             raise PlanError(
@@ -169,7 +181,7 @@ def is_object(item: ReadItem) -> bool:
 
 
 class Window:
-    """Small reads of one file in ascending order, served from blocks: a directory and a pickle for each of many items."""
+    """Small reads of one file in ascending order, served from blocks: a directory and a pickle for each item."""
 
     _BLOCK_NBYTES = 32 << 10
 

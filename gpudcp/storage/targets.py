@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import IO
 
 import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
@@ -48,7 +49,7 @@ class PlannerTarget:
 def load_whole_item(
     item: ReadItem, stored: StoredItem, file: PosixReader, planner: LoadPlanner, options: Options
 ) -> None:
-    """Read an item whole and give it to the planner: objects as bytes, tensors that no box describes through torch.load.
+    """Read an item whole and give it to the planner: objects as bytes, what no box describes through torch.load.
 
     Raises:
         CorruptCheckpointError: its bytes have another CRC-32, or torch.load cannot read them.
@@ -74,7 +75,8 @@ def load_whole_item(
     destination = planner.resolve_tensor(item).detach()
     if tensor[box].shape != destination.shape:
         raise PlanError(
-            f"{stored.fqn}: the destination has shape {tuple(destination.shape)}, the saved box {tuple(tensor[box].shape)}"
+            f"{stored.fqn}: the destination has shape {tuple(destination.shape)}, "
+            f"the saved box {tuple(tensor[box].shape)}"
         )
     destination.copy_(tensor[box])
     planner.commit_tensor(item, destination)
@@ -101,11 +103,13 @@ def _untransformed(raw: io.BytesIO, stored: StoredItem) -> io.BytesIO:
         return raw
     try:
         extensions = ExtensionRegistry().from_descriptor_list(stored.transforms)
-        stream: io.IOBase = raw
+        stream: IO[bytes] = raw
         for extension in extensions:
             if not isinstance(extension, StreamTransformExtension):
                 raise ValueError(f"{extension} transforms no streams")
             stream = extension.transform_from(stream)
         return io.BytesIO(stream.read())
     except Exception as err:
-        raise PlanError(f"{stored.fqn}: was written through {', '.join(stored.transforms)}, which cannot be undone: {err}") from err
+        raise PlanError(
+            f"{stored.fqn}: was written through {', '.join(stored.transforms)}, which cannot be undone: {err}"
+        ) from err

@@ -70,9 +70,7 @@ class GpuStorageWriter(StorageWriter):
         TransferError: the disk is full, or a write failed.
     """
 
-    def __init__(
-        self, path: str | os.PathLike[str], *, options: Options | None = None, overwrite: bool = True
-    ) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, options: Options | None = None, overwrite: bool = True) -> None:
         super().__init__()
         self.path = os.fspath(path)
         self.options = options or Options()

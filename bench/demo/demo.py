@@ -84,7 +84,9 @@ def tell_resuming(setup: Setup, checks: Checks, whole: Losses, ranks: int, other
     distances = {step: abs(float.fromhex(loss) - float.fromhex(whole[step])) for step, loss in other.losses.items()}
     # "not <=": a NaN has to fail.
     outside = [f"step {step}: {distance:.1e}" for step, distance in distances.items() if not distance <= LOSS_BOUND]
-    checks.check(f"{claim} within {LOSS_BOUND:g} of them, at most {max(distances.values()):.1e}", outside)
+    checks.check(
+        f"{claim} within {LOSS_BOUND} of that run's; they differ by {max(distances.values()):.1e} at most", outside
+    )
 
 
 def tell_restored(checks: Checks, run: ResumedRun, ranks: int) -> None:

@@ -162,6 +162,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # Without the interpreter's shutdown: torch's caches keep the group alive, and one of gloo's threads that still holds
-    # a tensor of the last collective would now and then abort the process there (pytorch#190489).
+    # Not through the interpreter's shutdown: torch's caches keep the group alive, and a thread of gloo's that still
+    # holds a tensor of the last collective now and then aborts the process there (pytorch#190489 tells the cause).
     os._exit(0)

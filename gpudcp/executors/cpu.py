@@ -72,12 +72,13 @@ class CpuExecutor:
                 packer.put_bytes(write.data)
                 crcs.append(crc32(write.data) if self._has_checksum else None)
                 continue
-            envelope, tensor = write.envelope, source.resolve(write.position)
-            if not _is_plain_memory(tensor, write.dtype):
+            position, _, nbytes, _, envelope, dtype, _ = write
+            tensor = source.resolve(position)
+            if not _is_plain_memory(tensor, dtype):
                 packer.put_bytes(envelope.prefix)
-                crc = packer.put_tensor(tensor.detach(), write.dtype, 0 if self._has_checksum else None)
+                crc = packer.put_tensor(tensor.detach(), dtype, 0 if self._has_checksum else None)
                 packer.put_bytes(envelope.suffix_with(crc or 0))
-            elif write.nbytes <= packer.room:
+            elif nbytes <= packer.room:
                 crc = packer.put_small(envelope, tensor.data_ptr(), has_checksum=self._has_checksum)
             else:
                 packer.put_bytes(envelope.prefix)

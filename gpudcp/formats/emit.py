@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any
@@ -48,59 +48,45 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
     Returns None for a Metadata with values that only a pickler knows how to write.
     """
     values = list(metadata.state_dict_metadata.values())
-    if not {type(value) for value in values} <= {TensorStorageMetadata, BytesStorageMetadata}:
+    if not set(map(type, values)) <= {TensorStorageMetadata, BytesStorageMetadata}:
+        return None
+    if type(metadata.planner_data) not in (dict, type(None)) or type(metadata.version) not in (str, type(None)):
         return None
     tensors = [value for value in values if type(value) is TensorStorageMetadata]
     chunks = list(chain.from_iterable(map(attrgetter("chunks"), tensors)))
-    if not {type(chunk) for chunk in chunks} <= {ChunkStorageMetadata}:
+    if not set(map(type, chunks)) <= {ChunkStorageMetadata}:
         return None
-    states = [_state_of(value.properties) for value in tensors]
 
+    names = dict.fromkeys(metadata.state_dict_metadata)
+    names.update(dict.fromkeys(map(attrgetter("fqn"), records.indices)))
     # One object for all equal ones: what the memo knows them by.
-    names: dict[str, str] = {}
     sizes: dict[torch.Size, torch.Size] = {}
-    fqns = [names.setdefault(fqn, fqn) for fqn in metadata.state_dict_metadata]
-    record_fqns = [names.setdefault(index.fqn, index.fqn) for index in records.indices]
     tensor_sizes = _unified(map(attrgetter("size"), tensors), sizes)
     chunk_offsets = _unified(map(attrgetter("offsets"), chunks), sizes)
     chunk_sizes = _unified(map(attrgetter("sizes"), chunks), sizes)
-    record_offsets = _unified((index.offset for index in records.indices), sizes)
+    record_offsets = _unified(map(attrgetter("offset"), records.indices), sizes)
     unique_states: dict[Any, Any] = {}
-    states = [unique_states.setdefault(state, state) for state in states]
+    states = [_state_of(value.properties, unique_states) for value in tensors]
 
-    words = {word: word for word in _WORDS}
-    shared = [
-        list(names.values()),
-        list(sizes.values()),
-        list(unique_states.values()),
-        list(words.values()),
-        list(_CLASSES),
-        records.paths,
-        records.dtypes,
-        metadata.planner_data,
-        metadata.storage_meta,
-        metadata.version,
-    ]
-    head, memo = _pickle_shared(shared)
-    singles = (metadata.planner_data, metadata.storage_meta, metadata.version)
-    if not all(value is None or id(value) in memo for value in singles):
-        return None
-    emitter = _Emitter(memo, words)
+    shared: list[Any] = [list(sizes), list(unique_states.values()), _WORDS, _CLASSES, records.paths, records.dtypes]
+    shared += [metadata.storage_meta, metadata.version]
+    memo = _Memo(shared, list(names), metadata.planner_data)
+    emitter = _Emitter(memo)
     body = b"".join(
         (
             emitter.get(Metadata) + _NEW + _STATE,
             emitter.get_word("state_dict_metadata") + b"}",
-            emitter.entries(fqns, values, tensor_sizes, states, chunk_offsets, chunk_sizes, tensors),
-            emitter.get_word("planner_data") + emitter.get_or_none(metadata.planner_data),
+            emitter.entries(values, tensor_sizes, states, chunk_offsets, chunk_sizes, tensors),
+            emitter.get_word("planner_data") + memo.planner_data,
             emitter.get_word("storage_data") + b"}",
-            emitter.records(records, record_fqns, record_offsets),
+            emitter.records(records, record_offsets),
             emitter.get_word("storage_meta") + emitter.get_or_none(metadata.storage_meta),
             emitter.get_word("version") + emitter.get_or_none(metadata.version) + _BUILD,
             b".",
         )
     )
     # A frame, because a file object without peek() is otherwise read opcode by opcode.
-    return head + b"\x95" + len(body).to_bytes(8, "little") + body
+    return memo.pickled + b"\x95" + len(body).to_bytes(8, "little") + body
 
 
 _WORDS = (
@@ -119,34 +105,64 @@ _CLASSES = (
 )
 
 
-def _state_of(properties: Any) -> tuple[Any, ...]:
-    state: tuple[Any, ...] = properties.__getstate__()
+_PROPERTIES = attrgetter("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
+
+
+def _state_of(properties: TensorProperties, known: dict[Any, Any]) -> Any:
+    """The state that pickle asks these properties for, the same object for equal ones."""
+    key = _PROPERTIES(properties)
+    state = known.get(key)
+    if state is None:
+        state = known[key] = properties.__getstate__()  # type: ignore[no-untyped-call]
     return state
 
 
-def _unified(found: Any, known: dict[Any, Any]) -> list[Any]:
+def _unified(found: Iterable[Any], known: dict[Any, Any]) -> list[Any]:
     return [None if each is None else known.setdefault(each, each) for each in found]
 
 
-def _pickle_shared(shared: list[Any]) -> tuple[bytes, dict[int, int]]:
-    """The pickle of the shared objects, ending in POP, and the memo index of every object in it, by id."""
-    buffer = io.BytesIO()
-    pickler = pickle.Pickler(buffer, protocol=4)
-    pickler.dump(shared)
-    data = buffer.getvalue()
-    memo = {key: index for key, (index, _) in pickler.memo.copy().items()}
-    return data[:-1] + b"0", memo
+class _Memo:
+    """What the body fetches: pickled once by the C pickler, and known by its index in the unpickler's memo.
+
+    The index of the few shared values is looked up. Names and planner data are many: their indices follow from the
+    order in which the pickler memorises them.
+    """
+
+    def __init__(self, shared: list[Any], names: list[str], planner_data: dict[Any, Any] | None) -> None:
+        buffer = io.BytesIO()
+        pickler = pickle.Pickler(buffer, protocol=4)
+        pickler.dump(shared)
+        self.indices = {key: index for key, (index, _) in pickler.memo.copy().items()}
+        end = len(self.indices)
+        parts = [buffer.getvalue()]
+        # A name that is the same object as a shared word would be fetched, not memorised: then its copy is a name.
+        names = [name[:1] + name[1:] if id(name) in self.indices else name for name in names]
+        self.numbers = {name: number for number, name in enumerate(names, start=end + 1)}
+        self.planner_data = b"N" if planner_data is None else _get(end + 1 + len(names))
+        for value in (names, planner_data):
+            buffer.seek(0)
+            buffer.truncate()
+            pickler.dump(value)
+            parts.append(buffer.getvalue())
+        # Each dump ends in STOP; POP instead leaves the stack as it was, and the memo full.
+        self.pickled = b"".join(part[:-1] + b"0" for part in parts)
+
+
+def _get(index: int) -> bytes:
+    return _GET + index.to_bytes(4, "little")
 
 
 class _Emitter:
     """Fixed-width records over the memo."""
 
-    def __init__(self, memo: dict[int, int], words: dict[str, str]) -> None:
-        self._memo = memo
-        self._words = words
+    def __init__(self, memo: _Memo) -> None:
+        self._memo = memo.indices
+        self._numbers = memo.numbers
+        self._first_name = next(iter(memo.numbers.values()), 0)
+        self._words = {word: word for word in _WORDS}
 
     def get(self, value: Any) -> bytes:
-        return _GET + self._memo[id(value)].to_bytes(4, "little")
+        return _get(self._memo[id(value)])
 
     def get_word(self, word: str) -> bytes:
         return self.get(self._words[word])
@@ -160,7 +176,6 @@ class _Emitter:
 
     def entries(
         self,
-        fqns: list[str],
         values: list[Any],
         sizes: list[Any],
         states: list[Any],
@@ -172,7 +187,7 @@ class _Emitter:
         is_tensor = np.fromiter(
             (type(value) is TensorStorageMetadata for value in values), dtype=bool, count=len(values)
         )
-        keys = self.column(fqns)
+        keys = self._first_name + np.arange(len(values), dtype="<u4")
         heads = _rows(
             _GET, keys[is_tensor], self.get(TensorStorageMetadata) + _NEW + _STATE,
             self.get_word("properties") + self.get(TensorProperties) + _NEW + _GET, self.column(states), b"b",
@@ -200,10 +215,11 @@ class _Emitter:
         _place(out, (ends - lengths)[~is_tensor], objects)
         return out.tobytes()
 
-    def records(self, records: ItemRecords, fqns: list[str], offsets: list[Any]) -> bytes:
+    def records(self, records: ItemRecords, offsets: list[Any]) -> bytes:
         """The entries of ``storage_data`` for the dict below them, those of one form after the other."""
-        n = len(fqns)
-        keys = self.column(fqns)
+        n = len(records)
+        fqns = map(attrgetter("fqn"), records.indices)
+        keys = np.fromiter(map(self._numbers.__getitem__, fqns), dtype="<u4", count=n)
         has_offset = np.fromiter((offset is not None for offset in offsets), dtype=bool, count=n)
         offset_gets = self.column([records.paths if offset is None else offset for offset in offsets])
         hints = [index.index for index in records.indices]

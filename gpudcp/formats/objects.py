@@ -25,7 +25,7 @@ import re
 import threading
 import types
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -152,10 +152,11 @@ class _LoadablePickle:
 class _RefusedError(Exception):
     """A pickle asks for what is not known to be harmless."""
 
-    def __init__(self, refused: str, reason: str, *, can_be_registered: bool = False) -> None:
-        registration = f"torch.serialization.add_safe_globals([{refused}]) if you know it to be harmless, or "
+    def __init__(self, refused: str, reason: str, *, registrable: Sequence[str] = ()) -> None:
+        names = ", ".join(registrable)
+        registration = f"torch.serialization.add_safe_globals([{names}]) if you know that to be harmless, or "
         super().__init__(
-            f"{reason}; use {registration if can_be_registered else ''}"
+            f"{reason}; use {registration if names else ''}"
             "Options(trust_pickle=True), which runs whatever code the file names, if you trust its author"
         )
         self.refused = refused
@@ -164,34 +165,54 @@ class _RefusedError(Exception):
 
 def _load_harmless(data: io.BytesIO, *, map_location: str) -> object:
     """torch.load with ``weights_only=True``, and with our list where torch's and the user's do not suffice."""
+    # Held from the start: a load that met what another thread registered would take NumPy's objects uninspected.
+    with _REGISTRATION:
+        try:
+            return _load_weights_only(data, map_location)
+        except pickle.UnpicklingError as error:
+            refusal = error
+        except RuntimeError as error:
+            if "TorchScript" in str(error):
+                raise _RefusedError("TorchScript archive", "it is a TorchScript archive, a program") from None
+            raise
+        unlisted = _unlisted_globals(data, refusal)
+        _Inspector().run(_pickle_bytes(data))
+        harmless = _harmless_globals()
+        lent = [(_Lent(harmless[path]) if path.startswith("numpy.") else harmless[path], path) for path in unlisted]
+        # These must be listed to be given a state. Under a name with a line break, which no GLOBAL opcode can say.
+        unnamed = [(kind, f"{kind.__name__}\n") for kind in _stateful_types()]
+        entries: list[Any] = [_Entry(entry) for entry in (*lent, *unnamed)]
+        try:
+            with torch.serialization.safe_globals(entries):
+                return _load_weights_only(data, map_location)
+        except pickle.UnpicklingError as error:
+            raise _explained(error, data) from None
+
+
+def _load_weights_only(data: io.BytesIO, map_location: str) -> object:
     data.seek(0)
-    try:
-        return torch.load(data, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        refusal = error
-    except RuntimeError as error:
-        if "TorchScript" in str(error):
-            raise _RefusedError("TorchScript archive", "it is a TorchScript archive, a program") from None
-        raise
+    return torch.load(data, map_location=map_location, weights_only=True)
+
+
+def _unlisted_globals(data: io.BytesIO, refusal: pickle.UnpicklingError) -> set[str]:
+    """What the pickle names that only our list allows.
+
+    Raises:
+        _RefusedError: it names what no list allows.
+    """
     data.seek(0)
     try:
         unlisted = set(torch.serialization.get_unsafe_globals_in_checkpoint(data))
-    except (ValueError, pickle.UnpicklingError):
-        # No zip archive, or an opcode that torch does not know: no list can help.
+    except ValueError:
+        # No zip archive: the format before torch 1.6, for which there is only torch's list and the user's.
         raise _explained(refusal, data) from None
-    harmless = _harmless_globals()
-    if refused := sorted(unlisted - harmless.keys()):
-        raise _refused_globals(refused, refusal)
-    _Inspector().run(_pickle_bytes(data))
-    entries: list[Any] = [_Entry((harmless[path], path)) for path in unlisted]
-    # These must be listed to be given a state. Under a name with a line break, which no GLOBAL opcode can say.
-    entries += [_Entry((kind, f"{kind.__name__}\n")) for kind in _unnamed_types()]
-    data.seek(0)
-    try:
-        with _REGISTRATION, torch.serialization.safe_globals(entries):
-            return torch.load(data, map_location=map_location, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _explained(error, data) from None
+        # An opcode that torch does not know. A global that no list allows is the better reason.
+        is_ours = any(f"GLOBAL {path} " in str(refusal) for path in _harmless_globals())
+        raise _explained(error if is_ours else refusal, data) from None
+    if refused := sorted(unlisted - _harmless_globals().keys()):
+        raise _refused_globals(refused, refusal)
+    return unlisted
 
 
 class _Entry(tuple[Any, str]):
@@ -206,12 +227,25 @@ class _Entry(tuple[Any, str]):
         return id(self)
 
 
+class _Lent:
+    """A class or function of NumPy, for the one thread that has inspected its pickle: the list is every thread's."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+        self._thread = threading.get_ident()
+
+    def __call__(self, *args: object) -> object:
+        if threading.get_ident() != self._thread:
+            raise pickle.UnpicklingError("Unsupported global: it is lent to another thread")
+        return self._value(*(arg._value if isinstance(arg, _Lent) else arg for arg in args))
+
+
 def _refused_globals(refused: list[str], error: Exception) -> _RefusedError:
     # torch itself lists its nested and distributed tensors once their modules are imported, and says which.
     if needed := re.search(r".* must be imported to load .*", str(error)):
         return _RefusedError(refused[0], needed[0].removeprefix("Weights only load failed. "))
-    names = refused[0] if len(refused) == 1 else f"each of {', '.join(refused[:5])}"
-    return _RefusedError(refused[0], f"{names} is not known to be harmless", can_be_registered=True)
+    names = refused[0] if len(refused) == 1 else f"each of {', '.join(refused)}"
+    return _RefusedError(refused[0], f"{names} is not known to be harmless", registrable=refused)
 
 
 def _explained(error: pickle.UnpicklingError, data: io.BytesIO) -> Exception:
@@ -242,12 +276,14 @@ def _pickle_bytes(data: io.BytesIO) -> bytes:
     return torch._C.PyTorchFileReader(data).get_record("data.pkl")
 
 
-def _in_a_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-
-
 def _path(value: Any) -> str:
     return f"{value.__module__}.{value.__qualname__}"
+
+
+def _in_a_line(error: Exception) -> str:
+    # torch wraps what its unpickler says in advice, and what its C++ says in a backtrace.
+    text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
+    return f"{type(error).__name__}: {text.partition(chr(10))[0][:200]}".removesuffix(": ")
 
 
 @functools.cache
@@ -277,10 +313,11 @@ def _harmless_globals() -> Mapping[str, Any]:
 
 
 @functools.cache
-def _unnamed_types() -> frozenset[type[Any]]:
-    """What NumPy gives a state in a pickle that need not name it."""
+def _stateful_types() -> frozenset[type[Any]]:
+    """What NumPy gives a state in its pickles."""
     dtypes = {type(np.dtype(code)) for code in np.typecodes["All"]}
-    return frozenset({*dtypes, *_BIT_GENERATORS, np.random.RandomState, np.random.Generator})
+    randoms = (*_BIT_GENERATORS, np.random.SeedSequence, np.random.RandomState, np.random.Generator)
+    return frozenset({*dtypes, *randoms, np.ndarray})
 
 
 def _maker_of(value: object) -> Any:
@@ -295,7 +332,7 @@ class _Global:
 
     @property
     def is_numpy(self) -> bool:
-        return self.path.startswith("numpy.") and self.path in _harmless_globals()
+        return self.path in _NUMPY_CALLS or self.path in _NUMPY_CLASSES
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,7 +430,10 @@ class _Inspector:
     def _set_state(self, target: object, state: Any) -> None:
         _check_data(state)
         if isinstance(target, _Dtype | _Array | _Random | _Seed):
-            target.set_state(state)
+            try:
+                target.set_state(state)
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                _refuse("object", f"its state gives {_in_a_line(error)}")
         if isinstance(target, _Dtype) and target.fields is not None:
             self._kept_fields.append(target.fields)
 
@@ -556,6 +596,7 @@ def _is_words(value: object) -> bool:
     return isinstance(value, _Array) and value.dtype is not None and value.dtype.kind == "u"
 
 
+_NUMPY_CLASSES = frozenset({"numpy.ndarray", *map(_path, (np.random.SeedSequence, *_BIT_GENERATORS))})
 _NUMPY_CALLS: dict[str, Callable[..., object]] = {
     "numpy.dtype": _Dtype,
     "numpy._core.multiarray._reconstruct": _Array,

@@ -59,8 +59,9 @@ class PlannerSource:
 
     def __init__(self, items: Sequence[WriteItem], planner: SavePlanner) -> None:
         self._items = items
-        self._resolve_source = _usable_resolve_source(planner)
-        self._resolve_data = planner.resolve_data
+        resolve_source = _usable_resolve_source(planner)
+        self._may_narrow = resolve_source is not None
+        self._ask: Callable[[WriteItem], object] = resolve_source or planner.resolve_data
 
     def resolve(self, position: int) -> torch.Tensor:
         """The tensor of a write item.
@@ -69,8 +70,17 @@ class PlannerSource:
             PlanError: it does not have the item's shape or dtype, or no memory of its own.
         """
         item = self._items[position]
-        tensor = (self._resolve_source or self._resolve_data)(item)
+        tensor = self._ask(item)
         data = item.tensor_data
+        if (
+            type(tensor) is torch.Tensor
+            and data is not None
+            and tensor.shape == data.chunk.sizes
+            and tensor.dtype is data.properties.dtype
+            and tensor.layout is torch.strided
+            and not tensor.is_meta
+        ):
+            return tensor  # nearly always; below, every way in which it can be otherwise
         if not isinstance(tensor, torch.Tensor) or data is None:
             raise PlanError(f"{item.index.fqn}: a tensor item resolved to a {type(tensor).__name__}")
         if tensor.shape != data.chunk.sizes:
@@ -78,7 +88,7 @@ class PlannerSource:
                 f"{item.index.fqn}: resolved to shape {tuple(tensor.shape)}, its chunk has {tuple(data.chunk.sizes)}"
             )
         dtype = data.properties.dtype
-        if tensor.dtype != dtype and self._resolve_source is None and not widens_exactly(tensor.dtype, dtype):
+        if not (tensor.dtype == dtype or self._may_narrow or widens_exactly(tensor.dtype, dtype)):
             raise PlanError(
                 f"{item.index.fqn}: resolved to {tensor.dtype}; its item says {dtype}, which cannot hold its values"
             )

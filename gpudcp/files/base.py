@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
@@ -35,4 +36,6 @@ class FileReader(Protocol):
     def read(self, into: memoryview, byte_offset: int) -> None:
         """Fill all of ``into`` from ``byte_offset``, or raise TransferError."""
 
-    def close(self) -> None: ...
+    @property
+    def close(self) -> Callable[[], object]:
+        """Call it to close the file; a second call does nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import weakref
 from contextlib import suppress
 from types import TracebackType
 
@@ -106,6 +107,9 @@ class PosixReader:
         except OSError as err:
             raise _transfer_error(path, "cannot be opened", err, byte_offset=0, expected=None, moved=None) from err
         self.nbytes = os.fstat(self._fd).st_size
+        # Also when the reader becomes garbage: a load that fails between two of DCP's calls has nobody to close it.
+        self.close = weakref.finalize(self, os.close, self._fd)
+        """Close the file; a second call does nothing."""
 
     def read(self, into: memoryview, byte_offset: int) -> None:
         moved, nbytes = 0, len(into)
@@ -127,19 +131,22 @@ class PosixReader:
                 )
             moved += count
 
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
 
 def fsync_directory(path: str) -> None:
-    """Bring the names in a directory to stable storage."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Bring the names in a directory to stable storage, where the file system can: some, over FUSE, cannot.
+
+    Raises:
+        TransferError: it failed.
+    """
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as err:
+        if err.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise TransferError(f"{path}: fsync failed: {err.strerror}", path=path, errno=err.errno) from err
 
 
 def _transfer_error(

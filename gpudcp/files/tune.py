@@ -59,6 +59,8 @@ def file_system_type(path: str) -> str:
 
 def supports_direct_io(directory: str) -> bool:
     """Whether a file in ``directory`` can be opened with O_DIRECT. Uses an unnamed file: nothing is left behind."""
+    if not (hasattr(os, "O_DIRECT") and hasattr(os, "O_TMPFILE")):
+        return False
     try:
         fd = os.open(directory, os.O_TMPFILE | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600)
     except OSError:

@@ -20,8 +20,8 @@ import torch.distributed as dist
 Event = dict[str, Any]
 
 RANK_PROGRAM = Path(__file__).with_name("train.py")
-SILENCE_LIMIT_S = 90.0
-"""The longest time between two events: starting torch on a busy machine is the longest."""
+SILENCE_LIMIT_S = 120.0
+"""The longest time between two events. Starting torch on a busy machine takes the most of it."""
 EXIT_LIMIT_S = 30.0
 
 
@@ -55,6 +55,7 @@ class Ranks:
             try:
                 rank, line = self._events.get(timeout=SILENCE_LIMIT_S)
             except queue.Empty:
+                self._signal(signal.SIGABRT)  # with PYTHONFAULTHANDLER: each rank writes where it stands
                 raise self._error(f"no rank said anything for {SILENCE_LIMIT_S:.0f} s") from None
             if line is not None:
                 yield rank, json.loads(line)
@@ -65,13 +66,17 @@ class Ranks:
 
     def kill(self) -> list[int]:
         """SIGKILL to every rank that still runs; the return codes of all."""
+        self._signal(signal.SIGKILL)
+        return [process.wait(EXIT_LIMIT_S) for process in self._processes]
+
+    def _signal(self, number: signal.Signals) -> None:
         for process in self._processes:
             if process.poll() is None:
-                process.send_signal(signal.SIGKILL)
-        return [process.wait(EXIT_LIMIT_S) for process in self._processes]
+                process.send_signal(number)
 
     def _start(self, command: list[str], rank: int, world_size: int) -> subprocess.Popen[str]:
         environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+        environment["PYTHONFAULTHANDLER"] = "1"
         # All ranks are on this machine; a host name that resolves elsewhere must not matter.
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for

@@ -18,7 +18,8 @@ import torch
 
 from gpudcp.boxes import extent_of_box
 from gpudcp.errors import CorruptCheckpointError
-from gpudcp.formats.dtypes import DTYPES_BY_STORAGE_NAME
+from gpudcp.formats.checksum import crc32
+from gpudcp.formats.dtypes import DTYPES_BY_STORAGE_NAME, QUANTIZED_DTYPES, is_savable
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _DIRECTORY_ENTRY = struct.Struct("<4s6xH4xIIIHHH8xI")
@@ -92,13 +93,17 @@ def _read_stored_tensor(read_at: ReadAt, byte_offset: int, nbytes: int) -> Store
             raise _Malformed(f"the record at byte {record.entry_offset} of {nbytes} has no valid header")
         return byte_offset + int(start)
 
-    if (order := records.get(f"{root}/byteorder")) is not None:
-        name = bytes(read_at(data_offset(order), order.nbytes))
-        if name != sys.byteorder.encode():
-            return None
-    described = _unpickle_tensor(bytes(read_at(data_offset(pickled), pickled.nbytes)))
-    payload = records.get(f"{root}/data/0")
-    if described is None or payload is None or not (payload.is_stored and pickled.is_stored):
+    payload, order = records.get(f"{root}/data/0"), records.get(f"{root}/byteorder")
+    if payload is None or not all(record is None or record.is_stored for record in (pickled, payload, order)):
+        return None
+    if order is not None and bytes(read_at(data_offset(order), order.nbytes)) != sys.byteorder.encode():
+        return None
+    data = bytes(read_at(data_offset(pickled), pickled.nbytes))
+    # A flipped bit here would give other strides, or another dtype, to a payload that is sound.
+    if pickled.crc32 not in (0, found := crc32(data)):
+        raise _Malformed(f"data.pkl has CRC-32 {found:#010x}, the directory says {pickled.crc32:#010x}")
+    described = _unpickle_tensor(data)
+    if described is None:
         return None
     last = described.storage_offset + extent_of_box(described.strides, described.sizes)
     if last * described.dtype.itemsize > payload.nbytes:
@@ -192,9 +197,10 @@ def _rebuild_tensor_v3(*args: Any) -> StoredTensor:
 
 def _stored(dtype: Any, storage_offset: Any, sizes: Any, strides: Any, flags: Any) -> StoredTensor:
     integers = (storage_offset, *sizes, *strides)
-    if len(sizes) != len(strides) or not all(type(n) is int and n >= 0 for n in integers):
-        raise _Malformed(f"sizes {sizes}, strides {strides}, storage offset {storage_offset}")
-    if not isinstance(dtype, torch.dtype):
+    # Without a bound a hostile integer would be too long even for an error message.
+    if len(sizes) != len(strides) or not all(type(n) is int and 0 <= n < 1 << 63 for n in integers):
+        raise _Malformed("sizes, strides and storage offset of no tensor")
+    if not isinstance(dtype, torch.dtype) or dtype in QUANTIZED_DTYPES or not is_savable(dtype):
         raise _NotOneTensor
     is_conj, is_neg = bool(flags.get("conj")), bool(flags.get("neg"))
     return StoredTensor(0, 0, None, dtype, tuple(sizes), tuple(strides), storage_offset, is_conj, is_neg)
@@ -222,7 +228,8 @@ class _Unpickler(pickle.Unpickler):
             return _Storage(None)
         if module == "torch" and name in DTYPES_BY_STORAGE_NAME:
             return _Storage(DTYPES_BY_STORAGE_NAME[name])
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+        # Not by getattr, which would import what torch loads only on demand.
+        if module == "torch" and isinstance(dtype := vars(torch).get(name), torch.dtype):
             return dtype
         raise _NotOneTensor
 

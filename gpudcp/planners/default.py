@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, 
 from gpudcp._dcp import ShardedTensor, set_element
 from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import is_savable
-from gpudcp.formats.objects import load_object
+from gpudcp.formats.objects import DumpedObject, load_object
 
 
 class DefaultSavePlanner(torch_planners.DefaultSavePlanner):
@@ -51,6 +51,10 @@ class DefaultSavePlanner(torch_planners.DefaultSavePlanner):
         objects = [WriteItem(index=MetadataIndex(fqn), type=WriteItemType.BYTE_IO) for fqn in whole]
         self.plan = dataclasses.replace(plan, items=[*plan.items, *objects])
         return self.plan
+
+    def transform_object(self, write_item: WriteItem, object: Any) -> Any:
+        """What is written of a value: a tensor as it is, an object as the bytes of its dump."""
+        return DumpedObject(object) if write_item.type == WriteItemType.BYTE_IO else object
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The value, or the shard of it, that a write item names."""

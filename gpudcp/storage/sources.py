@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 
 from gpudcp.errors import PlanError, UnsafeCheckpointError
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, widens_exactly
-from gpudcp.formats.objects import unsafe_reason
+from gpudcp.formats.objects import DumpedObject, unsafe_reason
 from gpudcp.options import Options
 
 
@@ -23,7 +23,7 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
         UnsafeCheckpointError: an object that no safe load can read, with ``unsafe_objects="error"``.
     """
     literals: dict[int, bytes] = {}
-    unsafe: dict[str, str] = {}
+    unsafe: dict[str, tuple[str, str]] = {}
     for position, item in enumerate(items):
         if item.type == WriteItemType.BYTE_IO:
             data = planner.resolve_data(item)
@@ -32,8 +32,10 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
                     f"{item.index.fqn}: a BYTE_IO item resolved to a {type(data).__name__}, not an io.BytesIO"
                 )
             literals[position] = data.getvalue()
-            if (reason := unsafe_reason(object(), literals[position])) is not None:
-                unsafe[item.index.fqn] = reason
+            # What another planner dumped is known by its bytes alone, and tried by loading them.
+            value = data.value if isinstance(data, DumpedObject) else data
+            if (refusal := unsafe_reason(value, literals[position])) is not None:
+                unsafe[item.index.fqn] = refusal
         elif item.tensor_data is not None and item.tensor_data.properties.dtype in QUANTIZED_DTYPES:
             buffer = io.BytesIO()
             torch.save(planner.resolve_data(item), buffer)
@@ -43,14 +45,14 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
     return literals
 
 
-def _report_unsafe(unsafe: dict[str, str], options: Options) -> None:
-    named = "; ".join(f"{fqn}: {reason}" for fqn, reason in list(unsafe.items())[:10])
+def _report_unsafe(unsafe: dict[str, tuple[str, str]], options: Options) -> None:
+    named = "; ".join(f"{fqn}: {refused} ({reason})" for fqn, (refused, reason) in list(unsafe.items())[:10])
     message = (
         f"{len(unsafe)} objects in this checkpoint can be loaded only with Options(trust_pickle=True), or after "
         f"torch.serialization.add_safe_globals([...]) of the types named: {named}"
     )
     if options.unsafe_objects == "error":
-        raise UnsafeCheckpointError(message, refused=next(iter(unsafe.values())))
+        raise UnsafeCheckpointError(message, refused=next(iter(unsafe.values()))[0])
     warnings.warn(message, UserWarning, stacklevel=2)
 
 

@@ -59,13 +59,11 @@ def is_same(one: Any, other: Any) -> bool:
     if type(one) is not type(other):
         return False
     if isinstance(one, np.ndarray):
-        same_items = list(one.flat) == list(other.flat) if one.dtype.names or one.dtype.hasobject else None
-        same_layout = (one.dtype, one.shape, one.flags.f_contiguous) == (
-            other.dtype,
-            other.shape,
-            other.flags.f_contiguous,
-        )
-        return same_layout and (one.tobytes() == other.tobytes() if same_items is None else same_items)
+        if (one.dtype, one.shape, one.flags.fnc) != (other.dtype, other.shape, other.flags.fnc):
+            return False
+        # Records have padding, which is nobody's.
+        by_item = one.dtype.names is not None or one.dtype.hasobject
+        return list(one.flat) == list(other.flat) if by_item else one.tobytes() == other.tobytes()
     if isinstance(one, np.generic):
         return one.dtype == other.dtype and one.tobytes() == other.tobytes()
     if isinstance(one, (tuple, list, collections.deque)):
@@ -87,7 +85,7 @@ def is_same(one: Any, other: Any) -> bool:
             return all(map(is_same, one.unbind(), other.unbind()))
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, datetime.datetime | datetime.time):
-        return one == other and one.fold == other.fold and one.tzinfo == other.tzinfo
+        return one == other and one.tzinfo == other.tzinfo
     return bool(one == other) or (one != one and other != other)
 
 
@@ -124,7 +122,6 @@ HARMLESS: list[object] = [
     *(collections.defaultdict(list), collections.deque([1, [2]], 5), collections.deque(), collections.deque([b""])),
     collections.defaultdict(list, k=collections.deque([collections.defaultdict(int, n=np.float32(1))])),
     datetime.datetime(2020, 1, 2, 3, 4, 5, 6, UTC),
-    datetime.datetime(2020, 1, 1, fold=1),
     *(datetime.date(2020, 1, 2), datetime.time(1, 2, tzinfo=datetime.timezone(datetime.timedelta(hours=1), "x"))),
     *(datetime.timedelta(1, 2, 3), UTC),
     *(pathlib.Path("/a/b"), pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("c:\\a\\b")),
@@ -249,21 +246,21 @@ def run(what: str) -> None:
     RAN.append(what)
 
 
-EVIL = [
-    Reduced(run, ("a function of the user's",)),
-    Reduced(os.system, ("exit 3",)),
-    Reduced(eval, ("RAN.append('eval')",)),
-    Reduced(exec, ("RAN.append('exec')",)),
-    Reduced(open, ("/dev/null",)),
-    Reduced(getattr, (int, "real")),
-    Reduced(__import__, ("this",)),
-    Reduced(type, ("T", (), {})),
-    collections.defaultdict(run),
-]
+EVIL = {
+    "a_users_function": Reduced(run, ("a function of the user's",)),
+    "os_system": Reduced(os.system, ("exit 3",)),
+    "eval": Reduced(eval, ("RAN.append('eval')",)),
+    "exec": Reduced(exec, ("RAN.append('exec')",)),
+    "open": Reduced(open, ("/dev/null",)),
+    "getattr": Reduced(getattr, (int, "real")),
+    "import": Reduced(__import__, ("this",)),
+    "type": Reduced(type, ("T", (), {})),
+    "a_factory": collections.defaultdict(run),
+}
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("evil", EVIL, ids=lambda evil: str(getattr(evil, "reduced", evil)))
+@pytest.mark.parametrize("evil", EVIL.values(), ids=EVIL.keys())
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_a_malicious_pickle_is_refused_and_runs_nothing(evil: object, protocol: int) -> None:
     """In a torch.save file, beside harmless things, or as a bare pickle."""
@@ -300,7 +297,7 @@ def test_a_refusal_names_what_no_list_allows_rather_than_what_ours_does() -> Non
 def test_trusting_pickle_runs_it() -> None:
     """That is what the option is for."""
     RAN.clear()
-    load_object(io.BytesIO(dump_object(EVIL[0])), fqn="x", trust_pickle=True)
+    load_object(io.BytesIO(dump_object(EVIL["a_users_function"])), fqn="x", trust_pickle=True)
     assert len(RAN) == 1
 
 
@@ -309,13 +306,13 @@ def test_trusting_pickle_runs_it() -> None:
     [
         (2**2040, "opcode LONG4"),
         (np.float32, "numpy.float32"),
-        (np.ma.array([1]), "numpy.ma.MaskedArray"),
+        (np.ma.array([1]), f"{np.ma.MaskedArray.__module__}.MaskedArray"),
         (np.array([(None, 1.0)], dtype="O,f8"), "NumPy dtype"),
         (np.dtype("f8", metadata={"a": 1}), "NumPy object"),
         (Reduced(bytes, (10**15,)), "builtins.bytes"),
         (torch.jit.ScriptModule, "torch.jit._script.ScriptModule"),
     ],
-    ids=repr,
+    ids=["int", "class", "masked_array", "record_of_objects", "dtype_with_metadata", "large_bytes", "module"],
 )
 def test_what_cannot_be_loaded_safely_is_told_at_save(value: object, refused: str) -> None:
     """The reason at save and the refusal at load agree."""
@@ -458,7 +455,7 @@ HOSTILE = {
     "a_negative_shape": array(FLOATS, ADDRESSES, integer(-2) + integer(-1) + b"\x86"),
     "too_few_bytes": array(FLOATS, ADDRESSES, integer(3) + b"\x85"),
     "an_array_of_two_states": array(FLOATS, ADDRESSES) + array_state(FLOATS, ADDRESSES, TWO),
-    "an_array_used_before_its_state": b"(" + EMPTY_ARRAY + b"q\1h\1" + array_state(FLOATS, ADDRESSES, TWO) + b"t",
+    "an_array_used_before_its_state": b"(]" + EMPTY_ARRAY + b"q\1ah\1" + array_state(FLOATS, ADDRESSES, TWO) + b"t",
     "an_array_made_large": EMPTY_ARRAY.replace(integer(0), integer(2**30)),
     "an_array_made_directly": NDARRAY + TWO + text("O") + b"\x86R",
     "an_array_made_anew": NDARRAY + TWO + b"\x85\x81",
@@ -588,16 +585,15 @@ def test_threads_load_at_the_same_time_and_each_refuses_its_own() -> None:
 SOUND = dump_object({"a": [1, 2.0, "x"], "t": torch.ones(3), "n": np.arange(3)})
 
 
+NO_FILES = [b"", b"\0", b"N.", b"abc", b"PK\x03\x04", b"PK\x03\x04" + b"x" * 300, SOUND[:-30], SOUND[:400]]
+
+
 @pytest.mark.parametrize(
-    "data",
-    [b"", b"\0", b"N.", b"abc", b"PK\x03\x04", b"PK\x03\x04" + b"x" * 300, SOUND[:-30], SOUND[:400], os.urandom(99)],
-    ids=lambda data: f"{len(data)}_bytes",
+    "data", [*NO_FILES, b"\xff" + random.Random(1).randbytes(99)], ids=lambda data: f"{len(data)}_bytes"
 )
 @pytest.mark.parametrize("trust_pickle", [False, True])
 def test_bytes_that_are_no_torch_save_file_are_corrupt(data: bytes, trust_pickle: bool) -> None:
     """Whatever torch and pickle raise for them."""
-    if data[:1] not in (b"", b"\0", b"N", b"a", b"P"):
-        data = b"\xff" + data
     with pytest.raises(CorruptCheckpointError, match=r"'model.extra'") as corrupt:
         load_object(io.BytesIO(data), fqn="model.extra", trust_pickle=trust_pickle)
     assert corrupt.value.fqn == "model.extra"

@@ -1,0 +1,1 @@
+"""Speed and memory beside the peers, as pytest-benchmark suites: ``python -m pytest bench --size=full``."""

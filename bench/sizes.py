@@ -1,0 +1,57 @@
+"""How large the suites are: small to see that they work, full to see how fast gpudcp is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bench.measure import Rounds
+
+_MIB = 1 << 20
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """The sizes of one run of all suites."""
+
+    rounds: Rounds
+    small_tensors: int
+    """How many tensors of 4 KiB."""
+    small_tensors_rounds: Rounds
+    llm_nbytes: int
+    llm_hidden: int
+    sliced_rows: int
+    sliced_columns: int
+    memory_nbytes: tuple[int, ...]
+    memory_hidden: int
+    memory_peers: int
+    """Up to how many bytes of tensors all peers are measured; above it, stock DCP alone."""
+
+
+SIZES = {
+    "small": Sizes(
+        rounds=Rounds(measured=2, warm_up=0),
+        small_tensors=50,
+        small_tensors_rounds=Rounds(measured=2, warm_up=0),
+        llm_nbytes=8 * _MIB,
+        llm_hidden=128,
+        sliced_rows=1024,
+        sliced_columns=1024,
+        memory_nbytes=(8 * _MIB,),
+        memory_hidden=128,
+        memory_peers=0,
+    ),
+    "full": Sizes(
+        rounds=Rounds(measured=7, warm_up=1),
+        small_tensors=20_000,
+        # Stock DCP alone takes a minute for each.
+        small_tensors_rounds=Rounds(measured=3, warm_up=1),
+        llm_nbytes=3 * _GIB // 2,
+        llm_hidden=1024,
+        sliced_rows=8192,
+        sliced_columns=16384,
+        memory_nbytes=(2 * _GIB, 8 * _GIB),
+        memory_hidden=2048,
+        memory_peers=2 * _GIB,
+    ),
+}

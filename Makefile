@@ -1,7 +1,7 @@
 PYTHON ?= python
 DEMO_VENV := .venv-demo
 
-.PHONY: check test bench demo clean
+.PHONY: check test test-gpu bench demo clean
 
 check:
 	$(PYTHON) -m ruff check .
@@ -11,6 +11,9 @@ check:
 
 test:
 	$(PYTHON) -m pytest
+
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
 
 bench:
 	$(PYTHON) -m pytest bench --size=full

@@ -13,9 +13,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import cache
 from bench.measure import Contender, Timings, compare
 from bench.peers import GPUDCP, GPUDCP_UNVERIFIED, PEERS, STOCK, STOCKS, DcpPeer, Peer
-from bench.places import empty_directory, need_room
+from bench.places import empty_directory, need_cold_reads, need_room
 from bench.raw import RawMemory
-from bench.results import Suite
+from bench.results import Suite, in_words
 from bench.sizes import Sizes
 from bench.tensors import Tensors, check_equal, count_nbytes, llama_like, places_for, spoil
 from gpudcp.files.tune import supports_direct_io
@@ -84,6 +84,7 @@ def test_loading_a_model_from_a_cold_disk(
     benchmark: BenchmarkFixture, suite: Suite, sizes: Sizes, disk: Path, tensors: Tensors, places: Tensors
 ) -> None:
     """The files are out of the page cache before every turn, which mincore confirms."""
+    need_cold_reads(disk)
     timings = _compare_loads(benchmark, sizes, disk, tensors, places, cache.drop)
     what = _add(suite, "cold load, disk", timings, tensors)
     suite.notes.append(
@@ -153,7 +154,7 @@ def _compare_loads(
 
 def _add(suite: Suite, what: str, timings: Timings, tensors: Tensors) -> str:
     nbytes = count_nbytes(tensors)
-    suite.add_timings(f"{what}: {nbytes / 2**30:.2f} GiB in {len(tensors)} tensors", timings, nbytes=nbytes)
+    suite.add_timings(f"{what}: {in_words(nbytes)} in {len(tensors)} tensors", timings, nbytes=nbytes)
     return what
 
 

@@ -9,7 +9,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.peak_memory import peak_extra_nbytes
 from bench.peers import GPUDCP, PEERS, STOCK, Peer
 from bench.places import empty_directory, need_room
-from bench.results import Suite, Table
+from bench.results import Suite, Table, in_words
 from bench.sizes import Sizes
 
 TARGET_MIB = 300
@@ -25,7 +25,7 @@ def test_peak_extra_memory(benchmark: BenchmarkFixture, suite: Suite, sizes: Siz
 def _measure(suite: Suite, sizes: Sizes, disk: Path, nbytes: int) -> None:
     peers = PEERS if nbytes <= sizes.memory_peers else (STOCK,)
     peaks = {peer.name: _peaks_mib(peer, disk / "memory", nbytes, sizes.memory_hidden) for peer in (GPUDCP, *peers)}
-    what = f"{nbytes / 2**30:.2g} GiB"
+    what = in_words(nbytes)
     suite.tables.append(
         Table(
             title=f"peak extra memory, {what}",
@@ -34,7 +34,7 @@ def _measure(suite: Suite, sizes: Sizes, disk: Path, nbytes: int) -> None:
         )
     )
     for direction, peak_mib in zip(("save", "load"), peaks[GPUDCP.name], strict=True):
-        suite.expect(f"{direction} of {what}: peak extra memory", peak_mib, "at most", TARGET_MIB, "MiB")
+        suite.expect(f"{direction} of {what}: peak extra memory", peak_mib, "at most", TARGET_MIB, " MiB")
 
 
 def _peaks_mib(peer: Peer, directory: Path, nbytes: int, hidden: int) -> tuple[float, float]:

@@ -53,7 +53,7 @@ def test_saving_small_tensors(
             name=peer.name, prepare=lambda: empty_directory(target), run=lambda: save(tensors, target), check=check
         )
 
-    whole = compare(benchmark, [contender(peer) for peer in CONTENDERS], sizes.small_tensors_rounds)
+    whole = compare(benchmark, [contender(peer) for peer in CONTENDERS], sizes.rounds)
     _add(suite, "save", "write_data + finish", whole, clocks, sizes, tensors)
 
 
@@ -79,7 +79,7 @@ def test_loading_small_tensors(
             check=lambda: check_equal(tensors, places),
         )
 
-    whole = compare(benchmark, [contender(peer) for peer in CONTENDERS], sizes.small_tensors_rounds)
+    whole = compare(benchmark, [contender(peer) for peer in CONTENDERS], sizes.rounds)
     for peer in CONTENDERS:
         shutil.rmtree(disk / peer.name)
     _add(suite, "load", "read_data", whole, clocks, sizes, tensors)
@@ -98,7 +98,7 @@ def _add(
     sizes: Sizes,
     tensors: Tensors,
 ) -> None:
-    storage = {name: sizes.small_tensors_rounds.timing(clock.seconds) for name, clock in clocks.items()}
+    storage = {name: sizes.rounds.timing(clock.seconds) for name, clock in clocks.items()}
     what, nbytes = f"{direction} {len(tensors):,} tensors of 4 KiB", count_nbytes(tensors)
     suite.add_timings(what, whole, nbytes=nbytes)
     suite.add_timings(f"{what}: the storage's part, {methods}", storage, nbytes=nbytes)

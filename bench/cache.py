@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 _CALL_NBYTES = 8 << 20
+_TRIES = 3  # a page that is in use at that moment, by read-ahead say, stays
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -34,14 +35,21 @@ def drop(paths: Sequence[Path]) -> None:
         StillCachedError: the kernel kept some of the pages (tmpfs keeps all: it has no device).
     """
     for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(fd)
-        if npages := cached_pages(path):
+        for _ in range(_TRIES):
+            _ask_to_drop(path)
+            if (npages := cached_pages(path)) == 0:
+                break
+        else:
             raise StillCachedError(f"{path.name}: {npages} pages are still in the page cache")
+
+
+def _ask_to_drop(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
 
 
 def warm(paths: Sequence[Path]) -> None:
@@ -67,4 +75,4 @@ def cached_pages(path: Path) -> int:
         del start  # else the mapping cannot be closed
     if failed:
         raise OSError(error, os.strerror(error), str(path))
-    return int((np.frombuffer(pages, np.uint8) & 1).sum())  # of a page's byte only bit 0 has a meaning
+    return int((np.frombuffer(bytes(pages), np.uint8) & 1).sum())  # of a page's byte only bit 0 has a meaning

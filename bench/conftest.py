@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -32,16 +32,24 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_WRITTEN] = []
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """What could not be measured is said where it is missed."""
+    report = yield
+    if report.skipped and isinstance(report.longrepr, tuple):
+        _suite_of(item).notes.append(f"{item.name}: {report.longrepr[2]}")
+    return report
+
+
 @pytest.fixture(scope="session")
 def sizes(request: pytest.FixtureRequest) -> Sizes:
-    return SIZES[request.config.getoption("--size")]
+    return SIZES[_size(request.config)]
 
 
 @pytest.fixture(scope="module")
 def suite(request: pytest.FixtureRequest) -> Suite:
     """Takes what a module finds; it is printed and written when all have run."""
-    name = request.module.__name__.rpartition("bench_")[2].replace("_", "-")
-    return request.config.stash[_SUITES].setdefault(name, Suite(name))
+    return _suite_of(request.node)
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +79,7 @@ def place(request: pytest.FixtureRequest) -> Path:
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
-    size, results = config.getoption("--size"), config.getoption("--results")
+    size, results = _size(config), config.getoption("--results")
     if results is None and size == "full":
         results = _RESULTS
     if results is None or exitstatus != pytest.ExitCode.OK:
@@ -92,6 +100,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(suite.as_text())
     for path in config.stash[_WRITTEN]:
         terminalreporter.write_line(f"written: {path}")
+
+
+def _suite_of(node: pytest.Item | pytest.Collector) -> Suite:
+    name = node.path.stem.removeprefix("bench_").replace("_", "-")
+    return node.config.stash[_SUITES].setdefault(name, Suite(name, is_full=_size(node.config) == "full"))
+
+
+def _size(config: pytest.Config) -> str:
+    size: str = config.getoption("--size")
+    return size
 
 
 def _disk_directory(config: pytest.Config) -> Path:

@@ -55,6 +55,8 @@ class Suite:
     """One bench module's tables, targets and notes, in the order in which they were found."""
 
     name: str
+    is_full: bool = True
+    """Whether the sizes are those that the targets are for; if not, nothing is called met or missed."""
     tables: list[Table] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -85,7 +87,7 @@ class Suite:
         """``subject`` should be ``at_least`` so many times as fast as the fastest of those named in ``beside``."""
         fastest = min((name for name in beside if name in timings), key=lambda name: timings[name].median_s)
         speed = timings[fastest].median_s / timings[subject].median_s
-        self.expect(f"{what}: {subject} beside {fastest}", speed, "at least", at_least, "x as fast")
+        self.expect(f"{what}: {subject} beside {fastest}", speed, "at least", at_least, "x")
 
     def expect(
         self, what: str, found: float, relation: Literal["at least", "at most"], target: float, unit: str
@@ -95,17 +97,15 @@ class Suite:
 
     def as_text(self) -> str:
         """For the terminal."""
-        return "\n\n".join(_text_table(table) for table in self._all_tables()) + "".join(
-            f"\n  {note}" for note in self.notes
-        )
+        tables = "\n\n".join(_text_table(table) for table in self._all_tables())
+        return "\n".join([tables, *self.notes, self._verdict()])
 
     def as_markdown(self, environment: dict[str, str]) -> str:
         """The page in ``bench/results``."""
-        missed = [target.what for target in self.targets if not target.is_met]
         parts = [f"# {self.name}", _markdown_table(("", ""), [*environment.items()])]
         parts += [f"## {table.title}\n\n" + _markdown_table(table.columns, table.rows) for table in self._all_tables()]
         parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
-        parts += ["## Targets missed\n\n" + ("\n".join(f"- {what}" for what in missed) or "None.")]
+        parts += [self._verdict()]
         return "\n\n".join(parts) + "\n"
 
     def as_json(self, environment: dict[str, str]) -> str:
@@ -127,14 +127,20 @@ class Suite:
         paths[1].write_text(self.as_markdown(environment), encoding="utf-8")
         return paths
 
+    def _verdict(self) -> str:
+        if not self.is_full:
+            return "Sizes are small: the targets are not for them."
+        missed = [target.what for target in self.targets if not target.is_met]
+        return "\n".join([f"Targets missed: {len(missed)} of {len(self.targets)}", *(f"- {what}" for what in missed)])
+
     def _all_tables(self) -> list[Table]:
         rows = tuple(
             (
                 target.what,
-                f"{_cell(target.found)} {target.unit}",
-                f"{target.relation} {target.target:g} {target.unit}",
+                f"{_cell(target.found)}{target.unit}",
+                f"{target.relation} {target.target:g}{target.unit}",
                 target.ratio_to_target,
-                "met" if target.is_met else "MISSED",
+                ("met" if target.is_met else "MISSED") if self.is_full else "",
             )
             for target in self.targets
         )
@@ -157,6 +163,11 @@ def describe_environment(*, command: str, size: str, directories: dict[str, str]
         "gpudcp": f"{gpudcp.__version__} ({_commit()})",
         **versions,
     }
+
+
+def in_words(nbytes: int) -> str:
+    """MiB up to 1 GiB, then GiB."""
+    return f"{nbytes / 2**20:.4g} MiB" if nbytes < 1 << 30 else f"{nbytes / 2**30:.3g} GiB"
 
 
 def _version_of(distribution: str) -> str:
@@ -189,7 +200,7 @@ def _cell(value: Cell) -> str:
     if value is None:
         return ""
     if isinstance(value, float):
-        return f"{value:.3f}" if value < 10 else f"{value:.1f}"
+        return f"{value:.4f}" if value < 1 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
     return f"{value:,}" if isinstance(value, int) else value
 
 

@@ -17,7 +17,6 @@ class Sizes:
     rounds: Rounds
     small_tensors: int
     """How many tensors of 4 KiB."""
-    small_tensors_rounds: Rounds
     llm_nbytes: int
     llm_hidden: int
     sliced_rows: int
@@ -30,9 +29,8 @@ class Sizes:
 
 SIZES = {
     "small": Sizes(
-        rounds=Rounds(measured=2, warm_up=0),
+        rounds=Rounds(measured=1, warm_up=0),
         small_tensors=50,
-        small_tensors_rounds=Rounds(measured=2, warm_up=0),
         llm_nbytes=8 * _MIB,
         llm_hidden=128,
         sliced_rows=1024,
@@ -44,8 +42,6 @@ SIZES = {
     "full": Sizes(
         rounds=Rounds(measured=7, warm_up=1),
         small_tensors=20_000,
-        # Stock DCP alone takes a minute for each.
-        small_tensors_rounds=Rounds(measured=3, warm_up=1),
         llm_nbytes=3 * _GIB // 2,
         llm_hidden=1024,
         sliced_rows=8192,

@@ -66,7 +66,10 @@ def save(
         )
     elif checkpoint_id is not None:
         storage_writer.reset(checkpoint_id)
-    values = {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
+
+    def values() -> dict[str, Any]:
+        return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
+
     ranks = Ranks(process_group, no_dist=_is_alone(no_dist))
     with collector_paused():
         return run_save(values, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
@@ -111,9 +114,16 @@ def load(
         storage_reader.reset(checkpoint_id)
     planner = planner or DefaultLoadPlanner(trust_pickle=options is not None and options.trust_pickle)
     ranks = Ranks(process_group, no_dist=_is_alone(no_dist))
-    # All ranks go through the keys in one order, as a Stateful may call collectives.
-    stateful = {key: state_dict[key] for key in sorted(state_dict) if _is_stateful(state_dict[key])}
-    values = {key: stateful[key].state_dict() if key in stateful else value for key, value in state_dict.items()}
+    loaded: dict[str, Any] = {}
+
+    def values() -> dict[str, Any]:
+        loaded.clear()
+        # All ranks go through the keys in one order, as a Stateful may call collectives.
+        for key in sorted(state_dict):
+            value = state_dict[key]
+            loaded[key] = value.state_dict() if _is_stateful(value) else value
+        return loaded
+
     with collector_paused():
         try:
             run_load(values, storage_reader, planner, ranks)
@@ -121,11 +131,11 @@ def load(
             _logger.info("%s; loading the newer checkpoint", busy)
             storage_reader.reset()
             run_load(values, storage_reader, planner, ranks)
-    for key, value in values.items():
-        if key in stateful:
-            stateful[key].load_state_dict(value)
+    for key in sorted(state_dict):
+        if _is_stateful(state_dict[key]):
+            state_dict[key].load_state_dict(loaded[key])
         else:
-            state_dict[key] = value
+            state_dict[key] = loaded[key]
 
 
 def _required(checkpoint_id: str | os.PathLike[str] | None, alternative: str) -> str | os.PathLike[str]:

@@ -22,18 +22,18 @@ from gpudcp.ranks import Ranks
 
 
 def run_save(
-    state_dict: dict[str, Any],
+    state_dict: Callable[[], dict[str, Any]],
     writer: StorageWriter,
     planner: SavePlanner,
     ranks: Ranks,
     *,
     use_collectives: bool,
 ) -> Metadata:
-    """Save ``state_dict``, in which no value is Stateful any more, and return the checkpoint's Metadata."""
+    """Save what ``state_dict`` returns, in which no value is Stateful any more; return the checkpoint's Metadata."""
     made: list[Metadata] = []
 
     def local_plan() -> SavePlan:
-        _call_set_up_planner(planner, state_dict, writer, is_coordinator=ranks.is_coordinator)
+        _call_set_up_planner(planner, state_dict(), writer, is_coordinator=ranks.is_coordinator)
         known = {"rank": ranks.rank, "use_collectives": use_collectives}
         writer.set_up_storage_writer(ranks.is_coordinator, **_accepted(writer.set_up_storage_writer, known))
         return writer.prepare_local_plan(planner.create_local_plan())
@@ -64,14 +64,16 @@ def run_save(
         raise
 
 
-def run_load(state_dict: dict[str, Any], reader: StorageReader, planner: LoadPlanner, ranks: Ranks) -> None:
-    """Load into ``state_dict``, in which no value is Stateful any more."""
-
+def run_load(
+    state_dict: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+) -> None:
+    """Load into what ``state_dict`` returns, in which no value is Stateful any more."""
     own: list[LoadPlan] = []
 
     def local_plan() -> tuple[LoadPlan, bool]:
+        wanted = state_dict()
         metadata, use_collectives = _read_metadata(reader, ranks.rank)
-        planner.set_up_planner(state_dict, metadata, ranks.is_coordinator)
+        planner.set_up_planner(wanted, metadata, ranks.is_coordinator)
         known = {"rank": ranks.rank, "use_collectives": use_collectives}
         reader.set_up_storage_reader(metadata, ranks.is_coordinator, **_accepted(reader.set_up_storage_reader, known))
         own.append(reader.prepare_local_plan(planner.create_local_plan()))

@@ -8,12 +8,13 @@ rank is left waiting for one that has already given up.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from gpudcp.errors import GpuDcpError, RankFailedError
+from gpudcp.errors import CheckpointBusyError, GpuDcpError, RankFailedError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -63,11 +64,12 @@ class Ranks:
             return lambda: part
         own, error = self._attempt(lambda: pickle.dumps(make()))
         parts: list[_Outcome] | None = None
-        if (gathered := self._gather(own)) is not None:
+        if (gathered := self._gather(step, own)) is not None:
             parts, own_error = self._reduce(gathered, lambda values: [pickle.dumps(part) for part in reduce(values)])
             error = error or own_error
         received: list[Any] = [None]
-        dist.scatter_object_list(received, parts, src=self._coordinator, group=self._group)
+        with _in_touch(step):
+            dist.scatter_object_list(received, parts, src=self._coordinator, group=self._group)
         return self._value(step, received[0], error)
 
     def reduce_broadcast(self, step: str, make: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
@@ -76,11 +78,12 @@ class Ranks:
             return self._alone(step, lambda: reduce([make()]))
         own, error = self._attempt(lambda: pickle.dumps(make()))
         sent: list[Any] = [None]
-        if (gathered := self._gather(own)) is not None:
+        if (gathered := self._gather(step, own)) is not None:
             parts, own_error = self._reduce(gathered, lambda values: [pickle.dumps(reduce(values))] * self._size)
             error = error or own_error
             sent = parts[:1]
-        dist.broadcast_object_list(sent, src=self._coordinator, group=self._group)
+        with _in_touch(step):
+            dist.broadcast_object_list(sent, src=self._coordinator, group=self._group)
         result: R = self._value(step, sent[0], error)()
         return result
 
@@ -96,7 +99,8 @@ class Ranks:
 
         own, error = self._attempt(attempt)
         outcomes: list[Any] = [None] * self._size
-        dist.all_gather_object(outcomes, own.failures, group=self._group)
+        with _in_touch(step):
+            dist.all_gather_object(outcomes, own.failures, group=self._group)
         failures = {rank: failure for outcome in outcomes for rank, failure in outcome.items()}
         if failures:
             self._raise(step, failures, error)
@@ -114,9 +118,10 @@ class Ranks:
         except BaseException as error:
             return _Outcome(b"", {self.rank: _Failure.of(error)}), error
 
-    def _gather(self, own: _Outcome) -> list[_Outcome] | None:
+    def _gather(self, step: str, own: _Outcome) -> list[_Outcome] | None:
         gathered: list[Any] | None = [None] * self._size if self.is_coordinator else None
-        dist.gather_object(own, gathered, dst=self._coordinator, group=self._group)
+        with _in_touch(step):
+            dist.gather_object(own, gathered, dst=self._coordinator, group=self._group)
         return gathered
 
     def _reduce(
@@ -141,13 +146,26 @@ class Ranks:
 
     def _raise(self, step: str, failures: dict[int, _Failure], own: BaseException | None) -> NoReturn:
         """Raise what this rank raises for these failures, of which ``own`` may be one."""
-        if isinstance(own, (GpuDcpError, KeyboardInterrupt, SystemExit)):
+        # A rank that is told to try again must not do so alone: any other failure goes before this one, on all ranks.
+        final = [rank for rank, failure in failures.items() if not isinstance(failure.error, CheckpointBusyError)]
+        if isinstance(own, (GpuDcpError, KeyboardInterrupt, SystemExit)) and not (
+            final and isinstance(own, CheckpointBusyError)
+        ):
             raise own
         ranks = sorted(failures)
-        first = failures[ranks[0]]
+        first = failures[min(final or ranks)]
         where = "" if self._is_alone else f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         message = f"{step} failed{where}: {first.text}"
-        if own is None and first.error is not None:
+        if (own is None or isinstance(own, CheckpointBusyError)) and first.error is not None:
             first.error.args = (message,)
-            raise first.error
+            raise first.error from own
         raise RankFailedError(message, ranks={rank: failures[rank].text for rank in ranks}) from own
+
+
+@contextmanager
+def _in_touch(step: str) -> Iterator[None]:
+    """A collective, which fails where a rank has died or does not answer."""
+    try:
+        yield
+    except RuntimeError as err:
+        raise RankFailedError(f"{step} failed: the ranks lost touch with each other: {err}", ranks={}) from err

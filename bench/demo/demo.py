@@ -35,6 +35,14 @@ LOSS_BOUND = 1e-4
 STOCK_LIMIT_S = 60.0
 
 
+class DemoError(RuntimeError):
+    """What was asked for cannot be shown on this machine."""
+
+
+EXPLAINED = (DemoError, RanksError, RunError, MemoryProbeError, WeightsMissingError, subprocess.SubprocessError)
+"""Errors whose message says all there is to know; any other keeps its traceback."""
+
+
 class Checks:
     """Prints every claim with its outcome, and remembers the ones that did not hold."""
 
@@ -68,7 +76,7 @@ def tell_training(setup: Setup, checks: Checks, ranks: int) -> Losses:
     size = f"{killed.saved[0]['tensors']} tensors, {killed.saved[0]['nbytes'] / 1e6:.1f} MB"
     say(f"again: saved with gpudcp after step {runs.SAVE_AFTER}, {size}, {seconds:.3f} s")
     survivors = [f"rank {rank}: {code}" for rank, code in enumerate(killed.return_codes) if code != -signal.SIGKILL]
-    checks.check(f"killed in step {max(killed.losses) + 1}: SIGKILL to every rank", survivors)
+    checks.check(f"killed after step {max(killed.losses)}: SIGKILL ended every rank", survivors)
     claim = f"its {len(killed.losses)} losses are bit-identical to the uninterrupted run's"
     checks.check(claim, compare_bits(whole, killed.losses))
     return whole
@@ -113,7 +121,8 @@ def tell_table(setup: Setup, checks: Checks, weights: Tensors) -> None:
     """Real weights, gpudcp and its peers, one table."""
     nbytes = count_nbytes(weights)
     say(f"{len(weights)} tensors, {nbytes / 1e6:.1f} MB; medians of {compare.ROUNDS} interleaved runs")
-    say("every save ends with fsync; every load goes from the page cache into ready tensors")
+    say("every save ends with fsync; every load goes from the page cache into ready tensors;")
+    say("memory: the most that one call adds to the process, pages mapped from files not counted")
     results = compare.measure(weights, setup.directory)
     for line in compare.format_table(results, nbytes):
         say(line)
@@ -135,22 +144,26 @@ def choose_ranks(arguments: argparse.Namespace) -> tuple[str, int, int]:
     """Device type, ranks to start with, another number to resume on. NCCL wants a GPU for each rank."""
     gpus = torch.cuda.device_count()
     device = arguments.device or ("cuda" if gpus >= 2 else "cpu")
-    other = arguments.other_ranks or (1 if device == "cuda" and gpus < 3 else 3)
-    return device, arguments.ranks or 2, other
+    ranks = arguments.ranks or 2
+    possible = (number for number in (3, 1) if number != ranks and (device == "cpu" or number <= gpus))
+    other_ranks = arguments.other_ranks or next(possible, 3)
+    if device == "cuda" and gpus < max(ranks, other_ranks):
+        raise DemoError(f"NCCL needs a GPU for each of {max(ranks, other_ranks)} ranks; there are {gpus}")
+    return device, ranks, other_ranks
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda with two or more GPUs")
     parser.add_argument("--ranks", type=int, choices=(1, 2, 3), help="ranks that save and resume; default: 2")
-    parser.add_argument("--other-ranks", type=int, choices=(1, 2, 3), help="ranks of the second resume; default: 3")
+    parser.add_argument("--other-ranks", type=int, choices=(1, 2, 3), help="of the second resume; default: 3, or 1")
     return parser.parse_args()
 
 
 def tell_story(directory: Path, arguments: argparse.Namespace) -> list[str]:
     """All parts in order; the claims that did not hold."""
-    weights = read_weights()  # first: if they are missing, nobody should wait for the training to hear of it
     device, ranks, other_ranks = choose_ranks(arguments)
+    weights = read_weights()  # early: if they are missing, nobody should wait for the training to hear of it
     setup, checks = Setup(directory=directory, device=device), Checks()
     where = "CUDA and NCCL" if device == "cuda" else "CPU and gloo"
     python = f"Python {platform.python_version()}"
@@ -175,7 +188,7 @@ def main() -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="gpudcp-demo-") as directory:
             failed = tell_story(Path(directory), arguments)
-    except (RanksError, RunError, MemoryProbeError, WeightsMissingError, subprocess.SubprocessError) as error:
+    except EXPLAINED as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     seconds = time.perf_counter() - start_s

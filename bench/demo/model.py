@@ -29,9 +29,11 @@ class Block(nn.Module):
         heads = self.query_key_value(self.attention_norm(x)).unflatten(-1, (3, HEADS, -1)).movedim(2, 0).transpose(2, 3)
         # The math backend: the fused ones have no deterministic backward pass on every device.
         with sdpa_kernel(SDPBackend.MATH):
-            mixed = F.scaled_dot_product_attention(*heads.unbind(0), is_causal=True)
+            query, key, value = heads.unbind(0)
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.mlp_norm(x))
+        y: torch.Tensor = x + self.mlp(self.mlp_norm(x))
+        return y
 
 
 class ByteTransformer(nn.Module):

@@ -97,7 +97,7 @@ def plan_save(
         slab_nbytes: bytes of one slab, a multiple of 4096.
 
     Raises:
-        PlanError: an item has neither literal bytes nor a tensor's description, or a dtype that no torch can load.
+        PlanError: an item has neither literal bytes nor a tensor's description, or a dtype that stock DCP cannot save.
     """
     writes: list[ChunkWrite | LiteralWrite] = []
     cursor = 0
@@ -123,6 +123,6 @@ def _described(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:
         raise PlanError(f"{item.index.fqn}: the write item has no tensor_data with a chunk, and no bytes were resolved")
     dtype = item.tensor_data.properties.dtype
     if not is_savable(dtype):
-        raise PlanError(f"{item.index.fqn}: dtype {dtype} cannot be saved: torch.load reads no such tensor back")
+        raise PlanError(f"{item.index.fqn}: dtype {dtype} cannot be saved: stock DCP has no such tensors")
     # The chunk, not tensor_data.size: that is the size of the whole tensor.
     return dtype, item.tensor_data.chunk.sizes

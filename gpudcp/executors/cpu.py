@@ -50,19 +50,26 @@ class CpuExecutor:
         open_file: Callable[[SaveFilePlan], FileWriter],
         stopwatch: Stopwatch,
     ) -> list[FileReceipt]:
-        receipts: list[FileReceipt] = []
-        for file in plan.files:
-            with open_file(file) as writer:
-                with ThreadPoolExecutor(self._threads, "gpudcp-write") as pool:
-                    packer = _Packer(file, writer, pool, lanes=self._lanes, stopwatch=stopwatch)
-                    with stopwatch.phase("pack"):
-                        crcs = self._pack(file, source, packer)
-                    with stopwatch.phase("write"):
-                        packer.drain()
-                with stopwatch.phase("fsync"):
-                    writer.finish(file.nbytes)
-            receipts.append(FileReceipt(file.nbytes, crcs))
-        return receipts
+        # A call for each file, so that the slabs of one are gone before the next one's are made.
+        return [self._save_file(file, source, open_file, stopwatch) for file in plan.files]
+
+    def _save_file(
+        self,
+        file: SaveFilePlan,
+        source: SaveSource,
+        open_file: Callable[[SaveFilePlan], FileWriter],
+        stopwatch: Stopwatch,
+    ) -> FileReceipt:
+        with open_file(file) as writer:
+            with ThreadPoolExecutor(self._threads, "gpudcp-write") as pool:
+                packer = _Packer(file, writer, pool, lanes=self._lanes, stopwatch=stopwatch)
+                with stopwatch.phase("pack"):
+                    crcs = self._pack(file, source, packer)
+                with stopwatch.phase("write"):
+                    packer.drain()
+            with stopwatch.phase("fsync"):
+                writer.finish(file.nbytes)
+        return FileReceipt(file.nbytes, crcs)
 
     def _pack(self, file: SaveFilePlan, source: SaveSource, packer: _Packer) -> list[int | None]:
         crcs: list[int | None] = []
@@ -85,6 +92,7 @@ class CpuExecutor:
                 crc = packer.put_memory(tensor.data_ptr(), envelope.payload_nbytes, 0 if self._has_checksum else None)
                 packer.put_bytes(envelope.suffix_with(crc or 0))
             crcs.append(crc)
+        packer.skip_to(file.nbytes)
         return crcs
 
     def load(
@@ -107,6 +115,8 @@ class CpuExecutor:
                 checksums.add(done.read.segments, crcs)
                 with stopwatch.phase("unpack"):
                     destinations.fill(done.read, done.slab if done.straight is None else None)
+                    if checksums.are_settled:
+                        destinations.commit_filled()
                 if done.slab is not None:
                     slabs.append(done.slab)
 
@@ -142,7 +152,7 @@ class _Packer:
         self._pool = pool
         self._stopwatch = stopwatch
         self._slab_nbytes = file.slab_nbytes
-        nslabs = min(lanes, -(-file.nbytes // file.slab_nbytes))
+        nslabs = max(1, min(lanes, -(-file.nbytes // file.slab_nbytes)))
         self._free = [HostSlab(file.slab_nbytes) for _ in range(nslabs)]
         self._in_flight: deque[tuple[Future[None], HostSlab]] = deque()
         self._slab = self._free.pop()
@@ -278,6 +288,11 @@ class _Checksums:
         self._checks = checks
         self._found: dict[int, tuple[int, int]] = {}
 
+    @property
+    def are_settled(self) -> bool:
+        """Whether no payload lacks segments of which others are there."""
+        return not self._found
+
     def add(self, segments: tuple[Segment, ...], crcs: list[int]) -> None:
         for segment, crc in zip(segments, crcs, strict=True):
             check = self._checks[segment.check]
@@ -307,6 +322,7 @@ class _Destinations:
         self._target = target
         self._resolved: dict[int, torch.Tensor] = {}
         self._missing: dict[int, int] = {}
+        self._filled: list[int] = []
         for read in plan.reads:
             for chunk in read.chunks:
                 self._missing[chunk.position] = self._missing.get(chunk.position, 0) + 1
@@ -322,7 +338,7 @@ class _Destinations:
         return memoryview((ctypes.c_char * read.nbytes).from_address(box.data_ptr())).cast("B")
 
     def fill(self, read: SlabRead, slab: HostSlab | None) -> None:
-        """The read is done: unpack it if it went into a slab, commit what is complete."""
+        """The read is done: unpack it if it went into a slab."""
         for chunk in read.chunks:
             position = chunk.position
             if position == NO_DESTINATION:
@@ -331,7 +347,13 @@ class _Destinations:
                 _unpack(slab, chunk.byte_offset - read.byte_offset, chunk, self._tensor(position))
             self._missing[position] -= 1
             if not self._missing[position]:
-                self._target.commit(position, self._resolved.pop(position))
+                self._filled.append(position)
+
+    def commit_filled(self) -> None:
+        """Commit what has every byte. The caller knows that their checksums were right."""
+        for position in self._filled:
+            self._target.commit(position, self._resolved.pop(position))
+        self._filled.clear()
 
     def commit_empty(self, positions: tuple[int, ...]) -> None:
         for position in positions:

@@ -15,7 +15,7 @@ class FileWriter(Protocol):
     def write(self, data: memoryview, byte_offset: int) -> None:
         """Write all of ``data`` at ``byte_offset``, or raise TransferError. Ranges of several threads never overlap.
 
-        Offset and length are multiples of 4096, and so is the address, but for the last range of the file.
+        Offset, length and address are multiples of 4096; the last range of the file is padded, and `finish` cuts it.
         """
 
     def finish(self, nbytes: int) -> None:

@@ -105,12 +105,17 @@ def stale_data_names(directory: str, *, rank: int | None) -> list[str]:
     return sorted(found)
 
 
-def remove_files(directory: str, names: Collection[str], *, fsync: bool) -> None:
-    """Remove these and left-over temporary metadata files. A file that will not go is left for the next save."""
+def remove_files(directory: str, names: Collection[str], *, fsync: bool, rank: int | None = None) -> None:
+    """Remove these and left-over temporary metadata files. A file that will not go is left for the next save.
+
+    ``rank`` limits the latter to that rank's: the others may be committing theirs, where they save without collectives.
+    """
     temporary = [
         name
         for name in os.listdir(directory)
-        if name.endswith(TEMPORARY_SUFFIX) and _METADATA_NAME.fullmatch(name.removesuffix(TEMPORARY_SUFFIX))
+        if name.endswith(TEMPORARY_SUFFIX)
+        and _METADATA_NAME.fullmatch(metadata_name := name.removesuffix(TEMPORARY_SUFFIX))
+        and (rank is None or metadata_name == metadata_file_name(rank))
     ]
     for name in (*names, *temporary):
         with suppress(OSError):
@@ -132,9 +137,9 @@ class DirectoryLock:
 
     def __init__(self, path: str, fd: int) -> None:
         self._thread = threading.get_ident()
-        self.release = weakref.finalize(self, _release_lock, fd, path, os.getpid())
+        self.release = weakref.finalize(self, _release_lock, fd, path)
         """Let the directory go; a second call does nothing."""
-        # At exit the kernel frees the lock; running this in a forked child's exit would free the parent's.
+        # At exit the kernel frees the lock.
         self.release.atexit = False
 
     @classmethod
@@ -152,6 +157,18 @@ class DirectoryLock:
             with _os_errors_named(path):
                 lock = cls._held[path] = cls(path, _lock_file(path))
             return lock
+
+    @classmethod
+    def _forget_in_child(cls) -> None:
+        # A forked child's copy of the descriptor would hold the lock for as long as the child lives, and releasing it
+        # would release the parent's. The guard may have been held by a thread that the child does not have.
+        cls._guard = threading.Lock()
+        for lock in cls._held.values():
+            if (finalizer := lock.release.detach()) is not None:
+                os.close(finalizer[2][0])
+
+
+os.register_at_fork(after_in_child=DirectoryLock._forget_in_child)
 
 
 def _lock_file(path: str) -> int:
@@ -177,12 +194,10 @@ def _lock_file(path: str) -> int:
             raise
 
 
-def _release_lock(fd: int, path: str, owner_pid: int) -> None:
-    if os.getpid() != owner_pid:
-        return
+def _release_lock(fd: int, path: str) -> None:
     with suppress(OSError):
         os.unlink(path)
-    # By name, not only by close: a child forked in mid-save shares the descriptor, and would keep the lock.
+    # By name, not only by close: a child between its fork and its exec has the descriptor too, and would keep the lock.
     with suppress(OSError):
         fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)

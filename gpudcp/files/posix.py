@@ -15,8 +15,7 @@ from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 class PosixWriter:
     """A new file, which must not exist yet; leaving its context without `finish` removes it.
 
-    With ``is_direct`` the last, incomplete block is padded to 4096 bytes and cut off again by `finish`, which needs the
-    buffer behind ``data`` to be that long: slabs are.
+    With ``is_direct`` every write is whole blocks of 4096 bytes, the last one padded; `finish` cuts the padding off.
     """
 
     def __init__(self, path: str, *, nbytes: int, is_direct: bool, fsync: bool) -> None:
@@ -53,6 +52,9 @@ class PosixWriter:
                 raise _transfer_error(
                     self.path, "write failed", err, byte_offset=byte_offset, expected=nbytes, moved=moved
                 ) from err
+            if self.is_direct:
+                # A short direct write may end off the block: that block is written once more, from its start.
+                count -= count % SLAB_ALIGNMENT_NBYTES
             if count == 0:
                 raise TransferError(
                     f"{self.path}: write of {nbytes} bytes at {byte_offset} stopped after {moved}",
@@ -62,9 +64,6 @@ class PosixWriter:
                     moved_nbytes=moved,
                 )
             moved += count
-            if self.is_direct and moved % SLAB_ALIGNMENT_NBYTES:
-                # A short direct write may end off the block: write that block once more from its start.
-                moved -= moved % SLAB_ALIGNMENT_NBYTES
 
     def finish(self, nbytes: int) -> None:
         try:
@@ -112,6 +111,8 @@ class PosixReader:
         """Close the file; a second call does nothing."""
 
     def read(self, into: memoryview, byte_offset: int) -> None:
+        if not self.close.alive:  # the number of its descriptor may be another file's by now
+            raise TransferError(f"{self.path}: the file is closed", path=self.path, byte_offset=byte_offset)
         moved, nbytes = 0, len(into)
         while moved < nbytes:
             try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+from contextlib import suppress
 from typing import NamedTuple
 
 from gpudcp.errors import BackendUnavailableError
@@ -30,7 +32,7 @@ def choose_write(directory: str, direct_io: str) -> WriteChoice:
         return WriteChoice(False, "Options(direct_io='off')")
     kind = file_system_type(directory)
     if direct_io == "on":
-        if not supports_direct_io(directory):
+        if not (supports_direct_io(directory) or _opens_named_file_directly(directory)):
             raise BackendUnavailableError(
                 f"{directory}: {kind} opens no file with O_DIRECT; use Options(direct_io='auto') or 'off'"
             )
@@ -66,4 +68,18 @@ def supports_direct_io(directory: str) -> bool:
     except OSError:
         return False
     os.close(fd)
+    return True
+
+
+def _opens_named_file_directly(directory: str) -> bool:
+    """Whether it works with a name, where there are no unnamed files (NFS, Lustre). Asked only for ``on``."""
+    path = os.path.join(directory, f".gpudcp-{secrets.token_hex(8)}")
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC, 0o600))
+    except (OSError, AttributeError):  # no O_DIRECT, here or in this system's Python
+        return False
+    finally:
+        # Also after a refusal: Linux makes the name before it looks at the flag.
+        with suppress(OSError):
+            os.unlink(path)
     return True

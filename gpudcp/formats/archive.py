@@ -72,8 +72,47 @@ def read_stored_tensor(read_at: ReadAt, *, byte_offset: int, nbytes: int, path: 
         ) from None
 
 
+def check_records(read_at: ReadAt, *, byte_offset: int, nbytes: int, path: str, fqn: str) -> None:
+    """Check every record of a torch-save archive that has a checksum: torch.load checks none.
+
+    Bytes that are no archive are left to who reads them.
+
+    Raises:
+        CorruptCheckpointError: a record's CRC-32 is not the one in the archive's directory.
+    """
+    try:
+        records = _read_directory(read_at, byte_offset, nbytes)
+        starts = {name: _data_offset(read_at, byte_offset, nbytes, record) for name, record in records.items()}
+    except (_Malformed, struct.error, UnicodeDecodeError):
+        return
+    for name, record in records.items():
+        if record.crc32 == 0 or not record.is_stored:
+            continue
+        if (found := crc32(read_at(starts[name], record.nbytes))) != record.crc32:
+            raise CorruptCheckpointError(
+                f"{path}: {fqn}: the {record.nbytes} bytes of {name} at {starts[name]} have CRC-32 {found:#010x}, "
+                f"{record.crc32:#010x} was saved",
+                path=path,
+                fqn=fqn,
+                expected_crc32=record.crc32,
+                found_crc32=found,
+            )
+
+
 class _Malformed(Exception):
     pass
+
+
+def _data_offset(read_at: ReadAt, byte_offset: int, nbytes: int, record: _Record) -> int:
+    """First byte, in the file, of a record of the archive at ``byte_offset``."""
+    if record.entry_offset + _LOCAL_HEADER.size > nbytes:
+        raise _Malformed(f"a record at byte {record.entry_offset} of {nbytes}")
+    header = read_at(byte_offset + record.entry_offset, _LOCAL_HEADER.size)
+    magic, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)
+    start = record.entry_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
+    if magic != b"PK\x03\x04" or start + record.nbytes > nbytes:
+        raise _Malformed(f"the record at byte {record.entry_offset} of {nbytes} has no valid header")
+    return byte_offset + int(start)
 
 
 def _read_stored_tensor(read_at: ReadAt, byte_offset: int, nbytes: int) -> StoredTensor | None:
@@ -83,22 +122,15 @@ def _read_stored_tensor(read_at: ReadAt, byte_offset: int, nbytes: int) -> Store
     if pickled is None:
         raise _Malformed("no data.pkl")
 
-    def data_offset(record: _Record) -> int:
-        if record.entry_offset + _LOCAL_HEADER.size > nbytes:
-            raise _Malformed(f"a record at byte {record.entry_offset} of {nbytes}")
-        header = read_at(byte_offset + record.entry_offset, _LOCAL_HEADER.size)
-        magic, name_nbytes, extra_nbytes = _LOCAL_HEADER.unpack(header)
-        start = record.entry_offset + _LOCAL_HEADER.size + name_nbytes + extra_nbytes
-        if magic != b"PK\x03\x04" or start + record.nbytes > nbytes:
-            raise _Malformed(f"the record at byte {record.entry_offset} of {nbytes} has no valid header")
-        return byte_offset + int(start)
+    def content(record: _Record) -> bytes:
+        return bytes(read_at(_data_offset(read_at, byte_offset, nbytes, record), record.nbytes))
 
     payload, order = records.get(f"{root}/data/0"), records.get(f"{root}/byteorder")
     if payload is None or not all(record is None or record.is_stored for record in (pickled, payload, order)):
         return None
-    if order is not None and bytes(read_at(data_offset(order), order.nbytes)) != sys.byteorder.encode():
+    if order is not None and content(order) != sys.byteorder.encode():
         return None
-    data = bytes(read_at(data_offset(pickled), pickled.nbytes))
+    data = content(pickled)
     # A flipped bit here would give other strides, or another dtype, to a payload that is sound.
     if pickled.crc32 not in (0, found := crc32(data)):
         raise _Malformed(f"data.pkl has CRC-32 {found:#010x}, the directory says {pickled.crc32:#010x}")
@@ -110,7 +142,7 @@ def _read_stored_tensor(read_at: ReadAt, byte_offset: int, nbytes: int) -> Store
         raise _Malformed(f"data.pkl needs {last * described.dtype.itemsize} bytes, data/0 has {payload.nbytes}")
     is_checked = payload.crc32 != 0 or payload.nbytes == 0
     return described._replace(
-        payload_offset=data_offset(payload),
+        payload_offset=_data_offset(read_at, byte_offset, nbytes, payload),
         payload_nbytes=payload.nbytes,
         crc32=payload.crc32 if is_checked else None,
     )

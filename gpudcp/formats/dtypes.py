@@ -24,10 +24,15 @@ STORAGE_NAMES: dict[torch.dtype, str] = {
 
 DTYPES_BY_STORAGE_NAME = {name: dtype for dtype, name in STORAGE_NAMES.items()}
 
-QUANTIZED_DTYPES = frozenset({torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4})
+QUANTIZED_DTYPES = frozenset({torch.qint8, torch.quint8, torch.qint32})
 
-# Sub-byte integers and raw bits: torch.save knows no name for the first and torch.load none for the second.
-_UNSAVABLE_NAMES = ("bit", "bits", *(f"{sign}{n}" for sign in ("int", "uint") for n in range(1, 8)))
+# Sub-byte integers, which torch.save has no name for; quantized ones, which torch cannot copy; and raw bits, whose size
+# DCP asks torch.iinfo for, in vain.
+_UNSAVABLE_NAMES = (
+    *(f"{sign}{n}" for sign in ("int", "uint") for n in range(1, 8)),
+    *("quint4x2", "quint2x4"),
+    *("bits8", "bits16", "bits1x8", "bits2x4", "bits4x2"),
+)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -37,9 +42,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @cache
 def is_savable(dtype: torch.dtype) -> bool:
-    """Whether stock torch can save and load a tensor of this dtype."""
-    name = dtype_name(dtype)
-    return not (name.startswith("bits") or name in _UNSAVABLE_NAMES)
+    """Whether stock DCP can save and load a tensor of this dtype."""
+    return dtype_name(dtype) not in _UNSAVABLE_NAMES
 
 
 def widens_exactly(source: torch.dtype, target: torch.dtype) -> bool:
@@ -47,7 +51,8 @@ def widens_exactly(source: torch.dtype, target: torch.dtype) -> bool:
     if source == target:
         return True
     if source == torch.bool:
-        return target.is_floating_point or target in _INTEGERS
+        # Not every floating-point type: float8_e8m0fnu has no zero.
+        return target in _MANTISSA_BITS or target in _INTEGERS
     if source in _INTEGERS and target in _INTEGERS:
         narrow, wide = torch.iinfo(source), torch.iinfo(target)
         return wide.min <= narrow.min and narrow.max <= wide.max

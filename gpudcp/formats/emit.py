@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
+    StorageMeta,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -47,18 +48,29 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
 
     Returns None for a Metadata with values that only a pickler knows how to write.
     """
-    values = list(metadata.state_dict_metadata.values())
-    if not set(map(type, values)) <= {TensorStorageMetadata, BytesStorageMetadata}:
+    if type(metadata) is not Metadata or type(metadata.planner_data) not in (dict, type(None)):
         return None
-    if type(metadata.planner_data) not in (dict, type(None)) or type(metadata.version) not in (str, type(None)):
+    if not _all_are((metadata.version, metadata.storage_meta), str, StorageMeta, type(None)):
+        return None
+    values = list(metadata.state_dict_metadata.values())
+    if not _all_are(values, TensorStorageMetadata, BytesStorageMetadata):
         return None
     tensors = [value for value in values if type(value) is TensorStorageMetadata]
-    chunks = list(chain.from_iterable(map(attrgetter("chunks"), tensors)))
-    if not set(map(type, chunks)) <= {ChunkStorageMetadata}:
+    if not _all_are(map(attrgetter("properties"), tensors), TensorProperties):
         return None
-
+    if not _all_are(map(attrgetter("chunks"), tensors), list):
+        return None
+    chunks = list(chain.from_iterable(map(attrgetter("chunks"), tensors)))
+    if not _all_are(chunks, ChunkStorageMetadata):
+        return None
+    found_sizes = map(attrgetter("size"), tensors), map(attrgetter("offsets"), chunks), map(attrgetter("sizes"), chunks)
+    if not _all_are(chain(*found_sizes), torch.Size):
+        return None
     names = dict.fromkeys(metadata.state_dict_metadata)
     names.update(dict.fromkeys(map(attrgetter("fqn"), records.indices)))
+    if not _all_are(names, str):
+        return None
+
     # One object for all equal ones: what the memo knows them by.
     sizes: dict[torch.Size, torch.Size] = {}
     tensor_sizes = _unified(map(attrgetter("size"), tensors), sizes)
@@ -76,7 +88,7 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
         (
             emitter.get(Metadata) + _NEW + _STATE,
             emitter.get_word("state_dict_metadata") + b"}",
-            emitter.entries(values, tensor_sizes, states, chunk_offsets, chunk_sizes, tensors),
+            emitter.entries(metadata.state_dict_metadata, tensor_sizes, states, chunk_offsets, chunk_sizes, tensors),
             emitter.get_word("planner_data") + memo.planner_data,
             emitter.get_word("storage_data") + b"}",
             emitter.records(records, record_offsets),
@@ -103,6 +115,11 @@ _CLASSES = (
     MetadataIndex,
     StorageInfo,
 )
+
+
+def _all_are(values: Iterable[Any], *types: type) -> bool:
+    """Whether each value is of one of these very types: of a subclass more would have to be written."""
+    return set(map(type, values)) <= {*types}
 
 
 _PROPERTIES = attrgetter("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
@@ -135,9 +152,10 @@ class _Memo:
         self.indices = {key: index for key, (index, _) in pickler.memo.copy().items()}
         end = len(self.indices)
         parts = [buffer.getvalue()]
-        # A name that is the same object as a shared word would be fetched, not memorised: then its copy is a name.
-        names = [name[:1] + name[1:] if id(name) in self.indices else name for name in names]
-        self.numbers = {name: number for number, name in enumerate(names, start=end + 1)}
+        # A name that is the same object as a shared value is fetched, not memorised again.
+        self.numbers = {name: self.indices[id(name)] for name in names if id(name) in self.indices}
+        names = [name for name in names if name not in self.numbers]
+        self.numbers.update((name, number) for number, name in enumerate(names, start=end + 1))
         self.planner_data = b"N" if planner_data is None else _get(end + 1 + len(names))
         for value in (names, planner_data):
             buffer.seek(0)
@@ -158,7 +176,6 @@ class _Emitter:
     def __init__(self, memo: _Memo) -> None:
         self._memo = memo.indices
         self._numbers = memo.numbers
-        self._first_name = next(iter(memo.numbers.values()), 0)
         self._words = {word: word for word in _WORDS}
 
     def get(self, value: Any) -> bytes:
@@ -176,7 +193,7 @@ class _Emitter:
 
     def entries(
         self,
-        values: list[Any],
+        metadata: dict[str, Any],
         sizes: list[Any],
         states: list[Any],
         chunk_offsets: list[Any],
@@ -184,10 +201,9 @@ class _Emitter:
         tensors: list[TensorStorageMetadata],
     ) -> bytes:
         """The entries of ``state_dict_metadata``, in its order, for the dict below them."""
-        is_tensor = np.fromiter(
-            (type(value) is TensorStorageMetadata for value in values), dtype=bool, count=len(values)
-        )
-        keys = self._first_name + np.arange(len(values), dtype="<u4")
+        n = len(metadata)
+        is_tensor = np.fromiter((type(each) is TensorStorageMetadata for each in metadata.values()), bool, count=n)
+        keys = np.fromiter(map(self._numbers.__getitem__, metadata), dtype="<u4", count=n)
         heads = _rows(
             _GET, keys[is_tensor], self.get(TensorStorageMetadata) + _NEW + _STATE,
             self.get_word("properties") + self.get(TensorProperties) + _NEW + _GET, self.column(states), b"b",
@@ -202,7 +218,7 @@ class _Emitter:
         counts = np.fromiter((len(tensor.chunks) for tensor in tensors), dtype=np.int64, count=len(tensors))
         tail = np.frombuffer(_BUILD + _SET, dtype=np.uint8)
 
-        lengths = np.full(len(values), objects.shape[1], dtype=np.int64)
+        lengths = np.full(n, objects.shape[1], dtype=np.int64)
         lengths[is_tensor] = heads.shape[1] + counts * chunks.shape[1] + len(tail)
         ends = np.cumsum(lengths)
         starts = (ends - lengths)[is_tensor]

@@ -8,6 +8,9 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from dataclasses import is_dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -80,11 +83,12 @@ def decode_metadata(data: bytes, *, path: str, trust_pickle: bool) -> Metadata:
         CorruptCheckpointError: the trailer does not fit the bytes before it, or they are no pickle of a Metadata.
         UnsafeCheckpointError: the pickle names a global that no checkpoint metadata needs.
     """
-    _check_trailer(data, path)
+    pickle_nbytes = _checked_length(data, path)
+    file = io.BytesIO(data)
     try:
         with collector_paused():
             unpickler = pickle.Unpickler if trust_pickle else _Unpickler
-            metadata: Any = unpickler(io.BytesIO(data)).load()
+            metadata: Any = unpickler(file).load()
     except UnsafeCheckpointError as refused:
         raise UnsafeCheckpointError(f"{path}: {refused}", refused=refused.refused) from None  # type: ignore[attr-defined]
     # Arbitrary bytes make the unpickler raise almost anything: AttributeError, IndexError, UnicodeDecodeError...
@@ -94,15 +98,21 @@ def decode_metadata(data: bytes, *, path: str, trust_pickle: bool) -> Metadata:
         raise CorruptCheckpointError(
             f"{path}: holds a {type(metadata).__name__}, not a checkpoint's Metadata", path=path
         )
+    if file.tell() != pickle_nbytes:
+        raise CorruptCheckpointError(
+            f"{path}: the pickle ends at byte {file.tell()}, and the rest, up to byte {len(data)}, is no trailer",
+            path=path,
+        )
     return metadata
 
 
-def _check_trailer(data: bytes, path: str) -> None:
+def _checked_length(data: bytes, path: str) -> int:
+    """The length of the pickle: what the trailer says, if it is right, or all bytes, if there is none."""
     if len(data) < _TRAILER.size:
-        return
+        return len(data)
     magic, nbytes, expected = _TRAILER.unpack_from(data, len(data) - _TRAILER.size)
     if magic != _MAGIC:
-        return
+        return len(data)
     if nbytes != len(data) - _TRAILER.size:
         raise CorruptCheckpointError(
             f"{path}: the trailer speaks of {nbytes} bytes, {len(data) - _TRAILER.size} stand before it", path=path
@@ -114,6 +124,7 @@ def _check_trailer(data: bytes, path: str) -> None:
             expected_crc32=expected,
             found_crc32=found,
         )
+    return int(nbytes)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -126,4 +137,25 @@ class _Unpickler(pickle.Unpickler):
                 "if you trust this checkpoint, load it with Options(trust_pickle=True)",
                 refused=f"{module}.{name}",
             )
-        return super().find_class(module, name)
+        return _maker(module, name)
+
+
+@cache
+def _maker(module: str, name: str) -> Any:
+    """What a pickle gets for a global: it makes the same objects, and it cannot be changed.
+
+    A pickle can set attributes on whatever it names, and so could change the classes of torch, or of Python, for the
+    whole process.
+    """
+    found: Any = getattr(import_module(module.removesuffix("._local")), name)
+    if isinstance(found, type) and is_dataclass(found):
+        # Not its __call__, as for the others: pickles make dataclasses by NEWOBJ, which wants a class.
+        return _Sealed(name, (), {"__new__": lambda _cls: object.__new__(found)})
+    return found.__call__ if callable(found) else found
+
+
+class _Sealed(type):
+    """A class whose attributes cannot be set."""
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise AttributeError(f"{cls.__name__}.{name} cannot be set")

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint import default_planner as torch_planners
 from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, WriteItem, WriteItemType
 
 from gpudcp._dcp import ShardedTensor, set_element
-from gpudcp.errors import PlanError
+from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.formats.dtypes import is_savable
 from gpudcp.formats.objects import DumpedObject, load_object
 
@@ -54,7 +54,17 @@ class DefaultSavePlanner(torch_planners.DefaultSavePlanner):
 
     def transform_object(self, write_item: WriteItem, object: Any) -> Any:
         """What is written of a value: a tensor as it is, an object as the bytes of its dump."""
-        return DumpedObject(object) if write_item.type == WriteItemType.BYTE_IO else object
+        if write_item.type != WriteItemType.BYTE_IO:
+            return object
+        try:
+            return DumpedObject(object)
+        except MemoryError:
+            raise
+        # What a value's own pickling raises can be anything.
+        except Exception as err:
+            raise PlanError(
+                f"{write_item.index.fqn}: a {type(object).__qualname__} cannot be pickled: {type(err).__name__}: {err}"
+            ) from err
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """The value, or the shard of it, that a write item names."""
@@ -83,6 +93,23 @@ class DefaultLoadPlanner(torch_planners.DefaultLoadPlanner):
     ) -> None:
         super().__init__(flatten_state_dict, flatten_sharded_tensors, allow_partial_load)
         self.trust_pickle = trust_pickle
+
+    def create_local_plan(self) -> LoadPlan:
+        """What this rank reads.
+
+        Raises:
+            MissingKeyError: the checkpoint lacks keys, and ``allow_partial_load`` is False.
+            PlanError: a tensor has another shape in the checkpoint, or is an object there.
+        """
+        try:
+            return super().create_local_plan()
+        except (RuntimeError, ValueError) as err:
+            saved = self.metadata.state_dict_metadata if self.metadata is not None else {}
+            missing = [fqn for fqn in self.state_dict if fqn not in saved]
+            if missing and not self.allow_partial_load:
+                rest = f" and {len(missing) - 1} more keys" * (len(missing) > 1)
+                raise MissingKeyError(f"the checkpoint has no {missing[0]!r}{rest}") from err
+            raise PlanError(str(err)) from err
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """The tensor, or the shard of it, that a read item fills."""

@@ -12,7 +12,9 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from gpudcp._dcp import ExtensionRegistry, StreamTransformExtension
 from gpudcp.errors import CorruptCheckpointError, PlanError
 from gpudcp.files.posix import PosixReader
+from gpudcp.formats.archive import check_records
 from gpudcp.formats.checksum import crc32
+from gpudcp.formats.objects import load_object
 from gpudcp.options import Options
 from gpudcp.storage.stored import StoredItem, is_object
 
@@ -23,27 +25,43 @@ class PlannerTarget:
     def __init__(self, items: Sequence[ReadItem], planner: LoadPlanner) -> None:
         self._items = items
         self._planner = planner
+        self._wrappers: dict[int, torch.Tensor] = {}
 
     def resolve(self, position: int) -> torch.Tensor:
-        """The destination of a read item.
+        """The destination of a read item; for one without memory of its own, memory to copy into it from.
 
         Raises:
-            PlanError: the planner resolved to something of another shape.
+            PlanError: the planner resolved to something of another shape, or to no dense tensor.
         """
-        item = self._items[position]
-        tensor = self._planner.resolve_tensor(item)
-        if tensor.requires_grad:
-            tensor = tensor.detach()
-        if tensor.shape != item.lengths:
-            raise PlanError(
-                f"{item.dest_index.fqn}: the destination has shape {tuple(tensor.shape)}, "
-                f"its read item has {tuple(item.lengths)}"
-            )
-        return tensor
+        tensor = _destination(self._items[position], self._planner)
+        if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
+            return tensor
+        self._wrappers[position] = tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
 
     def commit(self, position: int, tensor: torch.Tensor) -> None:
         """Hand the filled tensor back."""
+        if (wrapper := self._wrappers.pop(position, None)) is not None:
+            tensor = wrapper.copy_(tensor)
         self._planner.commit_tensor(self._items[position], tensor)
+
+
+def _destination(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
+    tensor = planner.resolve_tensor(item)
+    # Not where it is not needed: copy_ gives a quantized tensor its new scale, and would give it to the detached one.
+    if tensor.requires_grad:
+        tensor = tensor.detach()
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise PlanError(
+            f"{item.dest_index.fqn}: the destination is a {tensor.layout} tensor on {tensor.device}; "
+            "the checkpoint holds a dense one, which needs memory to go to"
+        )
+    if tensor.shape != item.lengths:
+        raise PlanError(
+            f"{item.dest_index.fqn}: the destination has shape {tuple(tensor.shape)}, "
+            f"its read item has {tuple(item.lengths)}"
+        )
+    return tensor
 
 
 def load_whole_item(
@@ -53,6 +71,8 @@ def load_whole_item(
 
     Raises:
         CorruptCheckpointError: its bytes have another CRC-32, or torch.load cannot read them.
+        UnsafeCheckpointError: loading them would run code.
+        PlanError: the destination cannot take the tensor.
     """
     data = bytearray(stored.nbytes)
     file.read(memoryview(data), stored.byte_offset)
@@ -67,29 +87,46 @@ def load_whole_item(
             found_crc32=found,
         )
     raw = _untransformed(io.BytesIO(data), stored)
+    if options.verify != "off" and expected is None:
+        _check_archive(raw, stored, file)
     if is_object(item):
         planner.load_bytes(item, raw)
         return
-    tensor = _load_tensor(raw, stored, file)
-    box = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
-    destination = planner.resolve_tensor(item).detach()
-    if tensor[box].shape != destination.shape:
-        raise PlanError(
-            f"{stored.fqn}: the destination has shape {tuple(destination.shape)}, "
-            f"the saved box {tuple(tensor[box].shape)}"
+    tensor = _load_tensor(raw, stored, file, options)
+    box = tensor[tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))]
+    if box.shape != item.lengths:
+        raise CorruptCheckpointError(
+            f"{file.path}: {stored.fqn}: the file holds shape {tuple(tensor.shape)}, its read item has "
+            f"{tuple(item.lengths)} at {tuple(item.storage_offsets)}",
+            path=file.path,
+            fqn=stored.fqn,
         )
-    destination.copy_(tensor[box])
+    destination = _destination(item, planner)
+    try:
+        destination.copy_(box)
+    except RuntimeError as err:
+        raise PlanError(
+            f"{item.dest_index.fqn}: a saved {box.dtype} tensor cannot be copied into a {destination.dtype} one: {err}"
+        ) from err
     planner.commit_tensor(item, destination)
 
 
-def _load_tensor(raw: io.BytesIO, stored: StoredItem, file: PosixReader) -> torch.Tensor:
+def _check_archive(raw: io.BytesIO, stored: StoredItem, file: PosixReader) -> None:
+    data = raw.getbuffer()
+    check_records(
+        lambda start, nbytes: data[start : start + nbytes],
+        byte_offset=0,
+        nbytes=len(data),
+        path=file.path,
+        fqn=stored.fqn,
+    )
+
+
+def _load_tensor(raw: io.BytesIO, stored: StoredItem, file: PosixReader, options: Options) -> torch.Tensor:
     try:
-        tensor = torch.load(raw, map_location="cpu", weights_only=True)
-    # torch.load raises RuntimeError, UnpicklingError, EOFError, KeyError... for bytes that it cannot read.
-    except Exception as err:
-        raise CorruptCheckpointError(
-            f"{file.path}: {stored.fqn}: torch.load cannot read it: {err}", path=file.path, fqn=stored.fqn
-        ) from err
+        tensor = load_object(raw, fqn=stored.fqn, trust_pickle=options.trust_pickle)
+    except CorruptCheckpointError as err:
+        raise CorruptCheckpointError(f"{file.path}: {err}", path=file.path, fqn=stored.fqn) from err
     if not isinstance(tensor, torch.Tensor):
         raise CorruptCheckpointError(
             f"{file.path}: {stored.fqn}: holds a {type(tensor).__name__}, not a tensor", path=file.path, fqn=stored.fqn

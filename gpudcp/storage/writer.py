@@ -92,20 +92,36 @@ class GpuStorageWriter(StorageWriter):
         self._rank = kwargs.get("rank")
         self._use_collectives = kwargs.get("use_collectives", True)
         self.report = None
+        self.release()  # a save that failed where no hook told the writer so may still hold its directory
         make_directory(self.path, fsync=self.options.fsync)
         if is_coordinator:
             self._lock = DirectoryLock.acquire(self.path)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse to overwrite, if so asked; without collectives every rank draws its own save id."""
-        name = metadata_file_name(None if self._use_collectives else 0)
-        if not self.overwrite and os.path.exists(os.path.join(self.path, name)):
+        try:
+            self._check_overwrite()
+        except BaseException:
             self.release()
-            raise CheckpointExistsError(f"{self.path}: holds a checkpoint ({name}), and overwrite=False")
+            raise
         if self._use_collectives:
             return plan
         self._save_id = draw_save_id()
         return dataclasses.replace(plan, storage_data=SaveTicket(rank=self._rank or 0, save_id=self._save_id))
+
+    def _check_overwrite(self) -> None:
+        names = metadata_names(self.path)
+        whole = metadata_file_name(None)
+        if not self._use_collectives:
+            if whole in names:
+                raise CheckpointExistsError(
+                    f"{self.path}: holds a checkpoint that was saved with collectives ({whole}), which every load "
+                    "would take instead of one saved without; remove it, or save elsewhere"
+                )
+            # No other rank's: those may be of this very save.
+            names = [name for name in names if name == metadata_file_name(self._rank or 0)]
+        if names and not self.overwrite:
+            raise CheckpointExistsError(f"{self.path}: holds a checkpoint ({names[0]}), and overwrite=False")
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Draw the id of this save: here, because DCP calls nothing else on the coordinator at every save."""
@@ -208,7 +224,7 @@ class GpuStorageWriter(StorageWriter):
                     return  # unreadable: what it needs is unknown, so nothing is removed
                 needed |= named
         stale = (set(stale_data_names(self.path, rank=rank)) | replaced) - needed
-        remove_files(self.path, stale, fsync=self.options.fsync)
+        remove_files(self.path, stale, fsync=self.options.fsync, rank=rank)
 
     def _names_in(self, metadata_name: str) -> set[str] | None:
         """The files that a metadata file names; none if it does not exist, None if it cannot be read."""

@@ -288,7 +288,7 @@ def naive_payload(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
 
 def memory_of(tensor: torch.Tensor) -> np.ndarray:
     """The whole memory behind a tensor, as bytes, whatever its dtype."""
-    storage = tensor.untyped_storage()
+    storage = tensor.cpu().untyped_storage()
     nbytes = storage.nbytes() // tensor.dtype.itemsize * tensor.dtype.itemsize
     return np.frombuffer(ctypes.string_at(storage.data_ptr(), nbytes) if nbytes else b"", dtype=np.uint8)
 

@@ -14,11 +14,17 @@ import pytest
 import gpudcp
 
 _HERE = Path(__file__).parent
+_ROOT = _HERE.parents[1]
 
 
 def run_child(script: str, *arguments: str, timeout_s: float) -> Any:
     """The JSON that a script beside this file prints as its last line."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join((str(_ROOT), str(_ROOT / "kernels"))),
+        "OMP_NUM_THREADS": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }
     done = subprocess.run(
         [sys.executable, str(_HERE / script), *arguments],
         capture_output=True,
@@ -41,3 +47,11 @@ def found_by_stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[s
         gpudcp.save(build(), directory / case)
     found: dict[str, list[str]] = run_child("stock_child.py", str(directory), timeout_s=120)
     return found
+
+
+@pytest.fixture(scope="session")
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
+    """The directory in which four ranks went through all scenarios, and what went wrong, by scenario and rank."""
+    directory = tmp_path_factory.mktemp("distributed")
+    found: dict[str, dict[str, str]] = run_child("distributed_child.py", str(directory), timeout_s=180)
+    return directory, found

@@ -174,8 +174,7 @@ def blank(value: Any) -> Any:
     if isinstance(value, Counter):
         return Counter(blank(value.weight), -1)
     if isinstance(value, torch.nn.Module):
-        other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
-        return other
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
     if isinstance(value, dict):
         return type(value)((key, blank(part)) for key, part in value.items())
     if isinstance(value, list):

@@ -101,11 +101,15 @@ def main(directory: Path) -> dict[str, list[str]]:
     checks |= {"resharded": (resharded, ""), "blocked": (is_blocked, "")}
     results: dict[str, list[str]] = {}
     for name, (check, case) in checks.items():
-        try:
-            results[name] = check(directory, case)
-        except BaseException:
-            results[name] = [traceback.format_exc()]
+        results[name] = attempted(check, directory, case)
     return results
+
+
+def attempted(check: Callable[[Path, str], list[str]], directory: Path, case: str) -> list[str]:
+    try:
+        return check(directory, case)
+    except BaseException:
+        return [traceback.format_exc()]
 
 
 if __name__ == "__main__":

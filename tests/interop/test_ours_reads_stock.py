@@ -167,7 +167,9 @@ def test_a_flipped_bit_in_a_tensor_is_found_where_stock_finds_none(tmp_path: Pat
     dcp.load(by_stock, checkpoint_id=tmp_path)
     assert not torch.equal(by_stock["weight"], weight)
 
-    with pytest.raises(CorruptCheckpointError, match=r"__0_0\.distcp: weight: .*have CRC-32 0x.*, 0x.* was saved") as told:
+    with pytest.raises(
+        CorruptCheckpointError, match=r"__0_0\.distcp: weight: .*have CRC-32 0x.*, 0x.* was saved"
+    ) as told:
         gpudcp.load({"weight": torch.zeros(40, 5)}, tmp_path)
     assert told.value.fqn == "weight"
     assert told.value.path is not None
@@ -185,6 +187,8 @@ def test_a_flipped_bit_in_a_transposed_tensor_is_found(tmp_path: Path) -> None:
         gpudcp.load({"weight": torch.zeros(5, 40)}, tmp_path)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
 @pytest.mark.parametrize("kind", ["conjugate", "quantized", "object"])
 def test_a_flipped_bit_is_found_in_what_torch_load_reads(tmp_path: Path, kind: str) -> None:
     """Items that only torch.load understands are checked against the checksums of their archive before."""
@@ -253,6 +257,7 @@ def test_what_torch_save_to_dcp_converts_is_read(tmp_path: Path) -> None:
     assert interop_cases.differences(state, found) == []
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is unavailable:UserWarning")
 @pytest.mark.parametrize("save", [dcp.save, gpudcp.save], ids=["stock", "gpudcp"])
 @pytest.mark.parametrize("keys", [None, {"model"}, {"optimizer", "list"}])
 def test_the_empty_state_dict_load_works_over_our_reader(tmp_path: Path, save: Any, keys: set[str] | None) -> None:
@@ -269,7 +274,11 @@ def test_compressed_items_are_read_through_torchs_extension(tmp_path: Path) -> N
     pytest.importorskip("zstandard")
     from torch.distributed.checkpoint._extension import ZStandard
 
-    state = {"weight": interop_cases.numbers(300, 100), "transposed": interop_cases.numbers(5, 7).t(), "text": "x" * 999}
+    state = {
+        "weight": interop_cases.numbers(300, 100),
+        "transposed": interop_cases.numbers(5, 7).t(),
+        "text": "x" * 999,
+    }
     save_by_stock(state, tmp_path, dcp.FileSystemWriter(tmp_path, _extensions=[ZStandard()]))
     assert (tmp_path / "__0_0.distcp").stat().st_size < 120_000
     found = interop_cases.blank(state)

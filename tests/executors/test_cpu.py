@@ -1,0 +1,243 @@
+"""What is the cpu executor's own: how much memory it takes, which reads need no slab, on which threads it works."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from executor_fakes import (
+    Call,
+    Files,
+    MemoryBackend,
+    Target,
+    memory_of,
+    naive_file,
+    naive_payload,
+    random_tensor,
+    save_of,
+)
+
+from gpudcp.chunkplan.load import PayloadCheck, ReadRequest, plan_load
+from gpudcp.chunkplan.save import SaveChunkPlan
+from gpudcp.executors import cpu
+from gpudcp.executors.cpu import CpuExecutor
+from gpudcp.executors.slabs import HostSlab
+from gpudcp.formats.checksum import crc32
+from gpudcp.report import Stopwatch
+
+
+class CountedSlab(HostSlab):
+    """A slab that is counted for as long as it lives."""
+
+    alive = most_alive = 0
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        CountedSlab.alive += 1
+        CountedSlab.most_alive = max(CountedSlab.most_alive, CountedSlab.alive)
+
+    def __del__(self) -> None:
+        CountedSlab.alive -= 1
+
+
+@pytest.fixture
+def slabs(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[CountedSlab]]:
+    """Every slab of the executor is counted."""
+    CountedSlab.alive = CountedSlab.most_alive = 0
+    monkeypatch.setattr(cpu, "HostSlab", CountedSlab)
+    yield CountedSlab
+    assert CountedSlab.alive == 0, "every slab is gone when the transfer is over"
+
+
+@pytest.fixture
+def files() -> Files:
+    """Recording files in memory: what is shown here does not depend on the backend."""
+    return Files(MemoryBackend())
+
+
+def executor_of(lanes: int = 3, threads: int = 2) -> CpuExecutor:
+    """An executor with checksums."""
+    return CpuExecutor(lanes=lanes, threads=threads, has_checksum=True)
+
+
+def requests_of(tensors: list[torch.Tensor]) -> tuple[bytes, list[ReadRequest], list[PayloadCheck]]:
+    """One file of payloads one after the other, a request for each, and their checksums."""
+    data, requests, checks = bytearray(), [], []
+    for position, tensor in enumerate(tensors):
+        payload, start = memory_of(tensor).tobytes(), len(data)
+        sizes = tuple(tensor.shape)
+        requests.append(
+            ReadRequest(position, "file", start, tensor.dtype, tensor.stride(), 0, (0,) * len(sizes), sizes)
+        )
+        checks.append(PayloadCheck("file", start, len(payload), crc32(payload), f"tensor.{position}"))
+        data += payload
+    return bytes(data), requests, checks
+
+
+@pytest.mark.parametrize("nslabs", [1, 2, 3, 4, 50])
+def test_a_save_takes_as_many_slabs_as_it_has_lanes_whatever_its_size(
+    slabs: type[CountedSlab], files: Files, nslabs: int
+) -> None:
+    """Memory is lanes x slab bytes, and less for a small file."""
+    plan, source = save_of([b"x" * (4096 * nslabs)], slab_nbytes=4096)
+    executor_of(lanes=3).save(plan, source, files.open_writer, Stopwatch())
+    assert slabs.most_alive == min(3, nslabs)
+
+
+def test_the_slabs_of_one_file_are_gone_before_the_next_ones_are_made(slabs: type[CountedSlab], files: Files) -> None:
+    """Memory does not grow with the number of files either."""
+    plans = [save_of([random_tensor(20_000)], slab_nbytes=4096, path=path) for path in ("one", "two", "three")]
+    source = plans[0][1]
+
+    class SameSource:
+        def resolve(self, position: int) -> torch.Tensor:
+            return source.tensors[position]
+
+    plan = SaveChunkPlan(files=tuple(plan.files[0] for plan, _ in plans))
+    executor_of(lanes=2).save(plan, SameSource(), files.open_writer, Stopwatch())
+    assert slabs.most_alive == 2
+    assert files.content("three") == naive_file(plan.files[2], source)[0]
+
+
+@pytest.mark.parametrize("nslabs", [0, 1, 2, 50])
+def test_a_load_takes_as_many_slabs_as_it_has_lanes_whatever_its_size(
+    slabs: type[CountedSlab], files: Files, nslabs: int
+) -> None:
+    """The ring runs backwards, with the same memory."""
+    stored = random_tensor(1024 * nslabs)
+    data, requests, checks = requests_of([stored])
+    files.put("file", data)
+    plan = plan_load(requests, checks, slab_nbytes=4096, gap_nbytes=0)
+    target = Target({0: torch.zeros_like(stored)})
+    executor_of(lanes=3).load(plan, target, files.open_reader, Stopwatch())
+    assert slabs.most_alive == min(3, nslabs)
+    assert target.committed == {0: data}
+
+
+def test_slabs_are_gone_after_an_error_too(slabs: type[CountedSlab], files: Files) -> None:
+    """A save that is tried again must not find the memory of the first one in its way."""
+    plan, source = save_of([b"x" * 40_000], slab_nbytes=4096)
+
+    def fail(call: Call) -> None:
+        if call.kind == "write" and call.byte_offset == 8192:
+            raise OSError("no")
+
+    files.on_call = fail
+    with pytest.raises(OSError, match="no"):
+        executor_of().save(plan, source, files.open_writer, Stopwatch())
+    assert slabs.most_alive == 3
+    gc.collect()  # the error and the frames it went through refer to each other
+
+
+def test_a_large_gapless_chunk_is_read_straight_into_its_destination(files: Files) -> None:
+    """No byte of it goes through a slab: each read writes where the tensor lies."""
+    stored = random_tensor(600, 500)
+    data, requests, checks = requests_of([stored])
+    files.put("file", data)
+    plan = plan_load(requests, checks, slab_nbytes=512 << 10, gap_nbytes=0)
+    assert [read.is_straight for read in plan.reads] == [True, True, False]
+    destination = torch.zeros(800, 500)[100:700]
+    target = Target({0: destination})
+    executor_of().load(plan, target, files.open_reader, Stopwatch())
+    assert naive_payload(destination, torch.float32) == data
+    straight_nbytes = sum(read.nbytes for read in plan.reads if read.is_straight)
+    for call in files.calls_of("read"):
+        if call.byte_offset < straight_nbytes:
+            assert call.address == destination.data_ptr() + call.byte_offset
+
+
+@pytest.mark.parametrize(
+    "destination",
+    [
+        torch.zeros(300, 300, dtype=torch.float64),
+        torch.zeros(300, 300).t(),
+        torch.zeros(300, 600)[:, ::2],
+        torch._neg_view(torch.zeros(300, 300)),
+    ],
+    ids=["cast", "transposed", "stepped", "negative"],
+)
+def test_a_destination_that_is_not_plain_memory_is_not_read_into(files: Files, destination: torch.Tensor) -> None:
+    """Its bytes are not the file's."""
+    stored = random_tensor(300, 300).nan_to_num()
+    data, requests, checks = requests_of([stored])
+    files.put("file", data)
+    plan = plan_load(requests, checks, slab_nbytes=512 << 10, gap_nbytes=0)
+    assert plan.reads[0].is_straight
+    executor_of().load(plan, Target({0: destination}), files.open_reader, Stopwatch())
+    assert destination.equal(stored.to(destination.dtype))
+    start = destination.untyped_storage().data_ptr()
+    inside = range(start, start + destination.untyped_storage().nbytes())
+    assert not any(call.address in inside for call in files.calls_of("read"))
+
+
+def test_files_are_touched_by_as_many_threads_as_the_options_say(files: Files) -> None:
+    """Writes and reads are the pool's, all else is the caller's."""
+    threads: dict[str, set[int]] = {}
+    is_first = threading.Barrier(2, timeout=5)
+
+    def record(call: Call) -> None:
+        seen = threads.setdefault(call.kind, set())
+        if threading.get_ident() not in seen:
+            seen.add(threading.get_ident())
+            if call.kind in ("write", "read"):
+                is_first.wait()  # two of them run at once, or this breaks
+
+    files.on_call = record
+    plan, source = save_of([b"x" * 40_000, random_tensor(9000)], slab_nbytes=4096)
+    executor_of(lanes=4, threads=2).save(plan, source, files.open_writer, Stopwatch())
+    data, requests, checks = requests_of([random_tensor(9000)])
+    files.put("file", data)
+    target = Target({0: torch.zeros(9000)})
+    load_plan = plan_load(requests, checks, slab_nbytes=4096, gap_nbytes=0)
+    executor_of(lanes=4, threads=2).load(load_plan, target, files.open_reader, Stopwatch())
+    own = {threading.get_ident()}
+    assert threads["create"] == threads["finish"] == threads["open"] == own
+    assert len(threads["write"]) == len(threads["read"]) == 2
+    assert not (threads["write"] | threads["read"]) & own
+
+
+def test_no_thread_outlives_a_transfer(files: Files) -> None:
+    """A training loop saves thousands of times."""
+    before = threading.active_count()
+    plan, source = save_of([b"x" * 40_000], slab_nbytes=4096)
+    executor_of().save(plan, source, files.open_writer, Stopwatch())
+    assert threading.active_count() == before
+
+
+def test_the_stopwatch_gets_the_phases_of_a_transfer(files: Files) -> None:
+    """They are the report's: what the calling thread did, and what it waited for."""
+    stopwatch = Stopwatch()
+    plan, source = save_of([b"x" * 40_000], slab_nbytes=4096)
+    executor_of(lanes=1).save(plan, source, files.open_writer, stopwatch)
+    assert set(stopwatch.seconds) == {"pack", "wait for write", "write", "fsync"}
+    data, requests, checks = requests_of([random_tensor(5000)])
+    files.put("file", data)
+    stopwatch = Stopwatch()
+    load_plan = plan_load(requests, checks, slab_nbytes=4096, gap_nbytes=0)
+    executor_of().load(load_plan, Target({0: torch.zeros(5000)}), files.open_reader, stopwatch)
+    assert set(stopwatch.seconds) == {"resolve", "read", "unpack"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_on_a_device_are_saved_and_loaded_in_pieces(
+    slabs: type[CountedSlab], files: Files, dtype: torch.dtype
+) -> None:
+    """The fallback where there is no executor for the device: the ring is all the host memory it takes."""
+    tensor = torch.arange(30_000.0, device="cuda").view(150, 200)
+    plan, source = save_of([(tensor, dtype), (tensor.t(), dtype)], slab_nbytes=4096)
+    executor_of(lanes=2).save(plan, source, files.open_writer, Stopwatch())
+    source.tensors = {position: tensor.cpu() for position, tensor in source.tensors.items()}
+    assert files.content("file") == naive_file(plan.files[0], source)[0]
+    assert slabs.most_alive == 2
+
+    write = plan.files[0].writes[0]
+    request = ReadRequest(0, "file", write.payload_offset, dtype, (200, 1), 0, (0, 0), (150, 200))
+    destination = torch.zeros(200, 150, device="cuda").t()
+    load_plan = plan_load([request], [], slab_nbytes=4096, gap_nbytes=0)
+    executor_of(lanes=2).load(load_plan, Target({0: destination}), files.open_reader, Stopwatch())
+    assert destination.equal(tensor.to(dtype).to(torch.float32))

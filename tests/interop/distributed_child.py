@@ -1,0 +1,750 @@
+"""Run in a process of its own: four gloo ranks, forked after one import of torch, go through many scenarios.
+
+Usage: distributed_child.py DIRECTORY. The ranks meet in several worlds, one after the other: of the first two, of all
+four, of the first two again, of the last two. Prints JSON: what went wrong, by scenario and rank.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import interop_cases
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
+from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import gpudcp
+from gpudcp.errors import (
+    CheckpointBusyError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    GpuDcpError,
+    PlanError,
+    RankFailedError,
+)
+from gpudcp.files import commit, posix
+
+TIMEOUT = timedelta(seconds=20)
+Scenario = Callable[[Path], None]
+
+TENSORS = {
+    "even": interop_cases.patterned(torch.float32, 8, 12, seed=1),
+    "uneven": interop_cases.patterned(torch.bfloat16, 7, 5, seed=2),
+    "few": interop_cases.patterned(torch.int64, 1, 3, seed=3),
+    "cube": interop_cases.patterned(torch.float16, 4, 6, 10, seed=4),
+    "large": interop_cases.patterned(torch.uint8, 1000, 300, seed=5),
+    "flat": interop_cases.patterned(torch.float64, 13, seed=6),
+}
+
+LAYOUTS: dict[str, tuple[tuple[int, ...], tuple[int | None, ...]]] = {
+    "rows": ((-1,), (0,)),
+    "last": ((-1,), (-1,)),
+    "replicated": ((-1,), (None,)),
+    "grid": ((2, -1), (0, -1)),
+    "twice": ((2, -1), (0, 0)),
+    "hybrid": ((2, -1), (None, 0)),
+}
+"""Mesh shapes, -1 for the rest of the world, and the tensor dimension that each mesh dimension shards; None: copies."""
+
+
+def mesh_of(shape: tuple[int, ...]) -> DeviceMesh:
+    known = -torch.Size(shape).numel()
+    return init_device_mesh("cpu", tuple(dist.get_world_size() // known if n == -1 else n for n in shape))
+
+
+def sharded(full: torch.Tensor, mesh: DeviceMesh, dims: tuple[int | None, ...], *, is_blank: bool = False) -> DTensor:
+    placements = [Replicate() if dim is None else Shard(dim % full.ndim) for dim in dims]
+    sizes, offsets = compute_local_shape_and_global_offset(full.shape, mesh, placements)
+    local = full[tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))].clone()
+    if is_blank:
+        local = interop_cases.blank(local)
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+
+
+def sharded_tensor(full: torch.Tensor, *, is_blank: bool = False) -> ShardedTensor:
+    """Rows, in chunks as ShardedTensors are cut: two local shards on rank 0, one on each other rank."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    bounds = [full.shape[0] * i // (world + 1) for i in range(world + 2)]
+    own = [0, 1] if rank == 0 else [rank + 1]
+    shards = []
+    for number in own:
+        rows = full[bounds[number] : bounds[number + 1]].clone()
+        rows = interop_cases.blank(rows) if is_blank else rows
+        shards.append(LocalShard.from_tensor_and_offsets(rows, [bounds[number], 0], rank))
+    return init_from_local_shards(shards, full.shape)
+
+
+def state_dict(*, is_blank: bool = False) -> dict[str, Any]:
+    """DTensors of every layout, ShardedTensors, plain values, and values of one rank alone."""
+    state: dict[str, Any] = {}
+    for layout, (shape, dims) in LAYOUTS.items():
+        mesh = mesh_of(shape)
+        for name, full in TENSORS.items():
+            state[f"{layout}.{name}"] = sharded(full, mesh, dims, is_blank=is_blank)
+    state["sharded_tensor"] = sharded_tensor(TENSORS["large"], is_blank=is_blank)
+    plain = {"plain": TENSORS["cube"].clone(), "scalar": torch.tensor(2.5), "nested": {"list": [1, "two"]}}
+    rank = dist.get_rank()
+    if rank < 2:
+        plain[f"of_rank_{rank}"] = {"tensor": torch.full((3,), float(rank)), "object": f"rank {rank}"}
+    return state | (interop_cases.blank(plain) if is_blank else plain)
+
+
+def locals_of(value: Any) -> Any:
+    if isinstance(value, DTensor):
+        return value.to_local()
+    if isinstance(value, ShardedTensor):
+        return [shard.tensor for shard in value.local_shards()]
+    return value
+
+
+def check_equal(expected: dict[str, Any], found: dict[str, Any]) -> None:
+    problems = interop_cases.differences(
+        {key: locals_of(value) for key, value in expected.items()},
+        {key: locals_of(value) for key, value in found.items()},
+    )
+    assert problems == [], problems
+
+
+def check_loads(directory: Path, *loads: Callable[..., Any]) -> None:
+    for load in loads:
+        found = state_dict(is_blank=True)
+        load(found, checkpoint_id=directory)
+        check_equal(state_dict(), found)
+
+
+@contextmanager
+def raises(kind: type[BaseException], *texts: str) -> Iterator[list[BaseException]]:
+    told: list[BaseException] = []
+    try:
+        yield told
+    except kind as error:
+        told.append(error)
+        missing = [text for text in texts if text not in str(error)]
+        assert not missing, f"{missing} not in {error}"
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
+def settled(directory: Path, expected: float) -> None:
+    """That the directory holds the checkpoint of ``only(expected)``, and can be saved into again."""
+    found = only(0.0)
+    gpudcp.load(found, directory)
+    check_equal(only(expected), found)
+    gpudcp.save(only(expected), directory)
+    if dist.get_rank() == 0:
+        assert not (directory / commit.LOCK_NAME).exists()
+    dist.barrier()
+
+
+def only(number: float) -> dict[str, Any]:
+    """A small state with a shard for every rank."""
+    full = torch.arange(dist.get_world_size() * 6.0).view(-1, 3) + number
+    return {"weight": sharded(full, mesh_of((-1,)), (0,)), "step": number}
+
+
+def two_ranks_save(directory: Path) -> None:
+    gpudcp.save(state_dict(), directory / "two_by_gpudcp")
+    dcp.save(state_dict(), checkpoint_id=directory / "two_by_stock")
+    check_loads(directory / "two_by_gpudcp", gpudcp.load, dcp.load)
+    check_loads(directory / "two_by_stock", gpudcp.load)
+
+
+def mixed_drivers(directory: Path) -> None:
+    """Our storage and planners under torch's driver, torch's under ours, each half at a time."""
+    base = directory / "mixed"
+    saves: dict[str, Callable[[Path], Any]] = {
+        "our_writer": lambda path: dcp.save(state_dict(), storage_writer=gpudcp.GpuStorageWriter(path)),
+        "our_all": lambda path: dcp.save(
+            state_dict(), storage_writer=gpudcp.GpuStorageWriter(path), planner=gpudcp.DefaultSavePlanner()
+        ),
+        "our_planner": lambda path: dcp.save(
+            state_dict(), storage_writer=dcp.FileSystemWriter(path), planner=gpudcp.DefaultSavePlanner()
+        ),
+        "torch_planner": lambda path: gpudcp.save(state_dict(), path, planner=dcp.DefaultSavePlanner()),
+        "torch_all": lambda path: gpudcp.save(
+            state_dict(), storage_writer=dcp.FileSystemWriter(path), planner=dcp.DefaultSavePlanner()
+        ),
+    }
+    loads: dict[str, Callable[..., Any]] = {
+        "our_reader": lambda state, checkpoint_id: dcp.load(
+            state, storage_reader=gpudcp.GpuStorageReader(checkpoint_id), planner=gpudcp.DefaultLoadPlanner()
+        ),
+        "torch_reader": lambda state, checkpoint_id: gpudcp.load(
+            state, storage_reader=dcp.FileSystemReader(checkpoint_id), planner=dcp.DefaultLoadPlanner()
+        ),
+    }
+    for name, save in saves.items():
+        save(base / name)
+        check_loads(base / name, *loads.values())
+
+
+def async_save(directory: Path) -> None:
+    """torch's async_save over our writer, twice with the same writer, each from a thread of its own."""
+    writer = gpudcp.GpuStorageWriter(directory / "async")
+    group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    for number in (1.0, 2.0):
+        state = only(number)
+        future = dcp.async_save(state, storage_writer=writer, process_group=group)
+        future.result()
+        check_loads_only(directory / "async", number)
+
+
+def check_loads_only(directory: Path, number: float) -> None:
+    for load in (gpudcp.load, dcp.load):
+        found = only(0.0)
+        load(found, checkpoint_id=directory)
+        check_equal(only(number), found)
+
+
+def returns_the_metadata(directory: Path) -> None:
+    """Every rank gets the same Metadata, which says what .metadata says."""
+    metadata = gpudcp.save(state_dict(), directory / "returned")
+    on_disk = dcp.FileSystemReader(directory / "returned").read_metadata()
+    assert metadata.state_dict_metadata == on_disk.state_dict_metadata
+    assert dict(metadata.storage_data or {}) == on_disk.storage_data
+    assert metadata.planner_data == on_disk.planner_data
+    assert len(on_disk.storage_data) > 30
+
+
+def four_ranks_load_what_two_saved(directory: Path) -> None:
+    check_loads(directory / "two_by_gpudcp", gpudcp.load, dcp.load)
+    check_loads(directory / "two_by_stock", gpudcp.load)
+
+
+def four_ranks_save(directory: Path) -> None:
+    gpudcp.save(state_dict(), directory / "four_by_gpudcp")
+    dcp.save(state_dict(), checkpoint_id=directory / "four_by_stock")
+    check_loads(directory / "four_by_gpudcp", gpudcp.load, dcp.load)
+    check_loads(directory / "four_by_stock", gpudcp.load)
+
+
+def replicas_are_written_once(directory: Path) -> None:
+    """Each byte of replicated tensors lies in one file only, and every rank writes some."""
+    full = interop_cases.patterned(torch.uint8, 400, 1000, seed=9)
+    state = {f"hybrid_{i}": sharded(full, mesh_of((2, -1)), (None, 0)) for i in range(4)}
+    state |= {f"plain_{i}": full.clone() for i in range(4)}
+    gpudcp.save(state, directory / "replicas")
+    sizes = [path.stat().st_size for path in (directory / "replicas").glob("*.distcp")]
+    assert sum(sizes) < 8 * full.numel() * 1.05, sizes
+    assert len(sizes) == 4
+
+
+def a_sub_mesh(directory: Path) -> None:
+    """A DTensor of two of the four ranks; the other two have no part in it."""
+    mesh = DeviceMesh("cpu", [1, 3])
+
+    def state(*, is_blank: bool = False) -> dict[str, Any]:
+        full = TENSORS["uneven"]
+        if mesh.get_coordinate() is None:
+            local = torch.empty(0, 5, dtype=full.dtype)
+            part = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=full.shape, stride=full.stride())
+        else:
+            part = sharded(full, mesh, (0,), is_blank=is_blank)
+        return {"part": part, "all": sharded(full, mesh_of((-1,)), (0,), is_blank=is_blank)}
+
+    for name, save in (("ours", gpudcp.save), ("stock", dcp.save)):
+        save(state(), checkpoint_id=directory / f"sub_mesh_{name}")
+        for load in (gpudcp.load, dcp.load):
+            found = state(is_blank=True)
+            load(found, checkpoint_id=directory / f"sub_mesh_{name}")
+            check_equal(state(), found)
+
+
+def a_process_group(directory: Path) -> None:
+    """Ranks 1 and 3 save and load by themselves; rank 1 is their coordinator, and files bear their own numbers."""
+    group = dist.new_group([1, 3], timeout=TIMEOUT)
+    mesh = DeviceMesh("cpu", [1, 3])
+    path = directory / "group"
+    if dist.get_rank() in (1, 3):
+        full = TENSORS["uneven"]
+        state = {"weight": sharded(full, mesh, (0,)), "object": "x"}
+        gpudcp.save(state, path, process_group=group)
+        numbers = sorted(name.name.split("_")[2] for name in path.glob("*.distcp"))
+        assert numbers == ["0", "1"], numbers
+        for load in (gpudcp.load, dcp.load):
+            found = {"weight": sharded(full, mesh, (0,), is_blank=True), "object": ""}
+            load(found, checkpoint_id=path, process_group=group)
+            check_equal(state, found)
+        with raises(RankFailedError, "rank 1: ValueError: on purpose"):
+            gpudcp.save(state, path, process_group=group, planner=Faulty("create_local_plan", 3))
+    dist.barrier()
+
+
+def without_dist(directory: Path) -> None:
+    """Every rank saves and loads alone, into a directory of its own, in a world of four."""
+    path = directory / f"alone_{dist.get_rank()}"
+    state = {"weight": TENSORS["uneven"] + dist.get_rank(), "object": dist.get_rank()}
+    gpudcp.save(state, path, no_dist=True)
+    for load in (gpudcp.load, dcp.load):
+        found = interop_cases.blank(state)
+        load(found, checkpoint_id=path, no_dist=True)
+        check_equal(state, found)
+
+
+def without_collectives(directory: Path) -> None:
+    """Every rank writes a metadata file of its own; gpudcp and stock read them, and stock's are read by gpudcp."""
+    rank = dist.get_rank()
+    for name, save in (
+        ("ours", lambda path: gpudcp.save(only(5.0), path, use_collectives=False)),
+        ("stock", lambda path: dcp.save(only(5.0), checkpoint_id=path, use_collectives=False)),
+        (
+            "mixed",
+            lambda path: dcp.save(only(5.0), storage_writer=gpudcp.GpuStorageWriter(path), use_collectives=False),
+        ),
+    ):
+        path = directory / f"rank_local_{name}"
+        save(path)
+        dist.barrier()
+        assert (path / f"__{rank}.metadata").exists()
+        assert not (path / ".metadata").exists()
+        check_loads_only(path, 5.0)
+    path = directory / "rank_local_ours"
+    gpudcp.save(only(6.0), path, use_collectives=False)
+    check_loads_only(path, 6.0)
+    dist.barrier()
+    assert len(list(path.glob(f"__{rank}_*.distcp"))) == 1
+
+
+def an_overwrite_without_collectives_is_refused_on_all_ranks(directory: Path) -> None:
+    path = directory / "rank_local_refused"
+    gpudcp.save(only(1.0), path, use_collectives=False)
+    writer = gpudcp.GpuStorageWriter(path, overwrite=False)
+    with raises(GpuDcpError, "overwrite=False"):
+        gpudcp.save(only(2.0), storage_writer=writer, use_collectives=False)
+    dist.barrier()
+    check_loads_only(path, 1.0)
+    # Slow ranks must not take what fast ranks have just written for an older checkpoint.
+    path = directory / "rank_local_slow"
+    writer = gpudcp.GpuStorageWriter(path, overwrite=False)
+    planner = Slow() if dist.get_rank() == 3 else gpudcp.DefaultSavePlanner()
+    gpudcp.save(only(3.0), storage_writer=writer, planner=planner, use_collectives=False)
+    check_loads_only(path, 3.0)
+
+
+class Slow(gpudcp.DefaultSavePlanner):
+    def create_local_plan(self) -> Any:
+        time.sleep(0.5)
+        return super().create_local_plan()
+
+
+class Unpicklable(Exception):
+    """An error that takes two arguments and gives one to its base: it pickles, and does not unpickle."""
+
+    def __init__(self, first: str, second: str) -> None:
+        super().__init__(first + second)
+
+
+class Faulty(gpudcp.DefaultSavePlanner):
+    """Raises at one of DCP's calls, on one rank."""
+
+    def __init__(self, call: str, rank: int, error: Callable[[], BaseException] | None = None) -> None:
+        super().__init__()
+        if dist.get_rank() == rank:
+            setattr(self, call, self._fail)
+        self._error = error or (lambda: ValueError("on purpose"))
+
+    def _fail(self, *_: Any, **__: Any) -> Any:
+        raise self._error()
+
+
+class FaultyLoad(gpudcp.DefaultLoadPlanner):
+    def __init__(self, call: str, rank: int, error: Callable[[], BaseException] | None = None) -> None:
+        super().__init__()
+        if dist.get_rank() == rank:
+            setattr(self, call, self._fail)
+        self._error = error or (lambda: ValueError("on purpose"))
+
+    def _fail(self, *_: Any, **__: Any) -> Any:
+        raise self._error()
+
+
+class StatefulThatFails:
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def state_dict(self) -> dict[str, Any]:
+        if dist.get_rank() == self._rank:
+            raise ValueError("no state")
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def an_error_on_one_rank_reaches_all(directory: Path) -> None:
+    """Wherever a save fails, on whichever rank: all raise, the old checkpoint stays, the directory is free."""
+    path = directory / "faults"
+    gpudcp.save(only(1.0), path)
+    for call, rank in (
+        ("set_up_planner", 1),
+        ("create_local_plan", 2),
+        ("create_global_plan", 0),
+        ("finish_plan", 3),
+        ("resolve_data", 1),
+        ("resolve_data", 0),
+    ):
+        with raises(RankFailedError, f"rank {rank}: ValueError: on purpose") as told:
+            gpudcp.save(only(2.0), path, planner=Faulty(call, rank))
+        assert told[0].ranks == {rank: "ValueError: on purpose"}  # type: ignore[attr-defined]
+        is_own = isinstance(told[0].__cause__, ValueError)
+        assert is_own == (dist.get_rank() == rank)
+        dist.barrier()
+        settled(path, 1.0)
+
+
+def errors_of_our_tree_arrive_whole(directory: Path) -> None:
+    """With type and attributes, on ranks that had none; what does not unpickle arrives as text."""
+    path = directory / "faults_typed"
+    gpudcp.save(only(1.0), path)
+
+    def corrupt() -> BaseException:
+        return CorruptCheckpointError("bad", path="p", fqn="w", expected_crc32=1, found_crc32=2)
+
+    with raises(CorruptCheckpointError, "bad") as told:
+        gpudcp.load(only(0.0), path, planner=FaultyLoad("resolve_tensor", 2, corrupt))
+    assert (told[0].fqn, told[0].found_crc32) == ("w", 2)  # type: ignore[attr-defined]
+    if dist.get_rank() != 2:
+        assert "on rank 2" in str(told[0])
+
+    with raises(RankFailedError, "rank 3: Unpicklable: ab"):
+        gpudcp.save(only(2.0), path, planner=Faulty("resolve_data", 3, lambda: Unpicklable("a", "b")))
+    settled(path, 1.0)
+
+
+def errors_reach_all_under_torchs_driver(directory: Path) -> None:
+    """Ours unpickle on the other ranks of dcp.save and dcp.load, so none of them hangs."""
+    path = directory / "faults_dcp"
+    gpudcp.save(only(1.0), path)
+
+    def plan_error() -> BaseException:
+        return PlanError("on purpose")
+
+    for call, rank in (("create_local_plan", 2), ("resolve_data", 1)):
+        with raises(CheckpointException, "on purpose"):
+            dcp.save(
+                only(2.0),
+                storage_writer=gpudcp.GpuStorageWriter(path),
+                planner=Faulty(call, rank, plan_error),
+            )
+        dist.barrier()
+        settled(path, 1.0)
+    broken = directory / "faults_dcp_files"
+    gpudcp.save(only(1.0), broken)
+    if dist.get_rank() == 0:
+        victim = next(broken.glob("__2_*.distcp"))
+        data = bytearray(victim.read_bytes())
+        data[data.index(torch.arange(12.0, 18.0).add(1).numpy().tobytes())] ^= 1
+        victim.write_bytes(data)
+    dist.barrier()
+    with raises(CheckpointException, "CRC-32", "weight"):
+        dcp.load(only(0.0), storage_reader=gpudcp.GpuStorageReader(broken))
+    with raises(CorruptCheckpointError, "CRC-32", "weight"):
+        gpudcp.load(only(0.0), broken)
+
+
+def a_failing_state_dict_reaches_all(directory: Path) -> None:
+    """A Stateful that raises on one rank leaves no other rank waiting, in a save or in a load."""
+    path = directory / "faults_stateful"
+    gpudcp.save(only(1.0), path)
+    with raises(RankFailedError, "rank 2: ValueError: no state"):
+        gpudcp.save({"bad": StatefulThatFails(2), **only(2.0)}, path)
+    settled(path, 1.0)
+    with raises(RankFailedError, "rank 1: ValueError: no state"):
+        gpudcp.load({"bad": StatefulThatFails(1), **only(2.0)}, path)
+    settled(path, 1.0)
+
+
+def a_full_disk_reaches_all(directory: Path) -> None:
+    """A write that fails on one rank, and a commit that fails on the coordinator."""
+    path = directory / "faults_disk"
+    gpudcp.save(only(1.0), path)
+    rank = dist.get_rank()
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    write, replace = posix.os.pwrite, commit.os.replace
+    if rank == 3:
+        posix.os.pwrite = full
+    try:
+        with raises(GpuDcpError, "No space left on device") as told:
+            gpudcp.save(only(2.0), path)
+    finally:
+        posix.os.pwrite = write
+    assert told[0].errno == 28  # type: ignore[attr-defined]
+    dist.barrier()
+    settled(path, 1.0)
+
+    if rank == 0:
+        commit.os.replace = full
+    try:
+        with raises(GpuDcpError, "No space left on device"):
+            gpudcp.save(only(2.0), path)
+    finally:
+        commit.os.replace = replace
+    dist.barrier()
+    settled(path, 1.0)
+    if rank == 0:
+        assert len(list(path.iterdir())) == 5, sorted(path.iterdir())
+    dist.barrier()
+
+
+def a_busy_directory_is_refused_on_all_ranks(directory: Path) -> None:
+    """While another save holds the directory, all ranks raise, and the holder keeps it."""
+    path = directory / "busy"
+    gpudcp.save(only(1.0), path)
+    holder = _held_by_a_thread(path) if dist.get_rank() == 0 else None
+    with raises(CheckpointBusyError, "another save into this directory is running"):
+        gpudcp.save(only(2.0), path)
+    if holder is not None:
+        assert (path / commit.LOCK_NAME).exists()
+        holder.release()
+    dist.barrier()
+    settled(path, 1.0)
+
+
+def _held_by_a_thread(path: Path) -> commit.DirectoryLock:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(commit.DirectoryLock.acquire, str(path)).result()
+
+
+def ranks_agree_on_trying_again(directory: Path) -> None:
+    """One rank sees a newer checkpoint, another fails otherwise: all raise, and none goes back alone to wait."""
+    path = directory / "retry"
+    gpudcp.save(only(1.0), path)
+    rank = dist.get_rank()
+
+    def error() -> BaseException:
+        return CheckpointBusyError("a newer checkpoint") if rank == 1 else ValueError("size mismatch")
+
+    with raises(GpuDcpError, "size mismatch"):
+        gpudcp.load(only(0.0), path, planner=FaultyLoad("create_local_plan", rank if rank in (1, 2) else -1, error))
+    calls = []
+
+    class Once(gpudcp.DefaultLoadPlanner):
+        def create_local_plan(self) -> Any:
+            calls.append(1)
+            if len(calls) == 1 and rank in (1, 2):
+                raise CheckpointBusyError("a newer checkpoint")
+            return super().create_local_plan()
+
+    found = only(0.0)
+    gpudcp.load(found, path, planner=Once())
+    check_equal(only(1.0), found)
+    assert len(calls) == 2
+
+
+def keys_that_are_missing_are_named(directory: Path) -> None:
+    path = directory / "missing"
+    gpudcp.save(only(1.0), path)
+    with raises(gpudcp.errors.MissingKeyError, "absent"):
+        gpudcp.load({**only(0.0), **({"absent": torch.zeros(2)} if dist.get_rank() == 2 else {})}, path)
+    with raises(CheckpointNotFoundError, "no checkpoint"):
+        gpudcp.load(only(0.0), directory / "nowhere")
+
+
+def fewer_ranks_overwrite(directory: Path) -> None:
+    """Two of four ranks overwrite what four saved: the files of all four go."""
+    path = directory / "shrunk"
+    gpudcp.save(only(1.0), path)
+    group, mesh = dist.new_group([0, 1], timeout=TIMEOUT), DeviceMesh("cpu", [0, 1])
+    if dist.get_rank() < 2:
+        gpudcp.save({"weight": sharded(TENSORS["even"], mesh, (0,))}, path, process_group=group)
+    dist.barrier()
+    names = sorted(name.name.split("_")[2] if name.suffix == ".distcp" else name.name for name in path.iterdir())
+    assert names == [".metadata", "0", "1"], names
+    dist.barrier()
+
+
+def fsdp_model(seed: int, *, has_tensor_parallel: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 10), torch.nn.Tanh(), torch.nn.Linear(10, 3))
+    if has_tensor_parallel:
+        mesh = init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["dp"])
+    else:
+        fully_shard(model[0])
+        fully_shard(model)
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def full_values(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        found[name] = parameter.detach().full_tensor()  # type: ignore[operator]
+        for key, value in optimizer.state[parameter].items():
+            found[f"{name}.{key}"] = value.full_tensor() if isinstance(value, DTensor) else value
+    return found
+
+
+def fsdp_saves(directory: Path) -> None:
+    """FSDP2 over four ranks, and FSDP2 with tensor parallelism two by two, each after a step of training."""
+    for name, has_tensor_parallel in (("fsdp", False), ("fsdp_tp", True)):
+        model, optimizer = fsdp_model(1, has_tensor_parallel=has_tensor_parallel)
+        model(torch.arange(12.0).view(2, 6)).sum().backward()
+        optimizer.step()
+        weights, state = get_state_dict(model, optimizer)
+        gpudcp.save({"model": weights, "optimizer": state}, directory / name)
+        values = full_values(model, optimizer)
+        if dist.get_rank() == 0:
+            torch.save(values, directory / f"{name}.pt")
+        dist.barrier()
+
+
+def two_ranks_load_what_four_saved(directory: Path) -> None:
+    check_loads(directory / "four_by_gpudcp", gpudcp.load, dcp.load)
+    check_loads(directory / "four_by_stock", gpudcp.load)
+
+
+def fsdp_loads_on_fewer_ranks(directory: Path) -> None:
+    """Parameters and optimizer state of both are those saved, bit for bit, with and without tensor parallelism."""
+    for name in ("fsdp", "fsdp_tp"):
+        for has_tensor_parallel in (False, True):
+            model, optimizer = fsdp_model(2, has_tensor_parallel=has_tensor_parallel)
+            weights, state = get_state_dict(model, optimizer)
+            wanted = {"model": weights, "optimizer": state}
+            gpudcp.load(wanted, directory / name)
+            set_state_dict(model, optimizer, model_state_dict=wanted["model"], optim_state_dict=wanted["optimizer"])
+            expected = torch.load(directory / f"{name}.pt")
+            check_equal(expected, full_values(model, optimizer))
+
+
+def a_killed_rank_leaves_the_old_checkpoint(directory: Path) -> None:
+    """One rank dies in mid-write: the other hears of it, the directory is free, the old checkpoint is whole."""
+    path = directory / "killed"
+    gpudcp.save(only(1.0), path)
+
+    class Dies(gpudcp.DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> torch.Tensor | io.BytesIO:
+            if dist.get_rank() == 1:
+                os._exit(0)
+            return super().resolve_data(write_item)
+
+    mesh = mesh_of((-1,))
+    full = torch.arange(dist.get_world_size() * 6.0).view(-1, 3)
+    with raises(GpuDcpError):
+        gpudcp.save({"weight": sharded(full, mesh, (0,)), "step": 2.0}, path, planner=Dies())
+    assert not (path / commit.LOCK_NAME).exists()
+    found = {"weight": torch.zeros(4, 3), "step": 0.0}
+    gpudcp.load(found, path, no_dist=True)
+    assert torch.equal(found["weight"], full + 1)
+    gpudcp.save({"weight": full, "step": 3.0}, path, no_dist=True)
+    assert len(list(path.glob("*.distcp"))) == 1
+
+
+WORLDS: tuple[tuple[str, tuple[int, ...], tuple[Scenario, ...]], ...] = (
+    ("first_two", (0, 1), (two_ranks_save, mixed_drivers, async_save, returns_the_metadata)),
+    (
+        "all_four",
+        (0, 1, 2, 3),
+        (
+            four_ranks_load_what_two_saved,
+            four_ranks_save,
+            replicas_are_written_once,
+            a_sub_mesh,
+            a_process_group,
+            without_dist,
+            without_collectives,
+            an_overwrite_without_collectives_is_refused_on_all_ranks,
+            an_error_on_one_rank_reaches_all,
+            errors_of_our_tree_arrive_whole,
+            errors_reach_all_under_torchs_driver,
+            a_failing_state_dict_reaches_all,
+            a_full_disk_reaches_all,
+            a_busy_directory_is_refused_on_all_ranks,
+            ranks_agree_on_trying_again,
+            keys_that_are_missing_are_named,
+            fewer_ranks_overwrite,
+            fsdp_saves,
+        ),
+    ),
+    ("two_again", (0, 1), (two_ranks_load_what_four_saved, fsdp_loads_on_fewer_ranks)),
+    ("last_two", (2, 3), (a_killed_rank_leaves_the_old_checkpoint,)),
+)
+
+
+def run_rank(number: int, directory: Path) -> None:
+    """All worlds that this rank takes part in. What it finds goes to a file after each scenario."""
+    found: dict[str, str] = {}
+    report = directory / f"rank_{number}.json"
+    for world, members, scenarios in WORLDS:
+        if number not in members:
+            continue
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{directory}/store_{world}",
+            rank=members.index(number),
+            world_size=len(members),
+            timeout=TIMEOUT,
+        )
+        for scenario in scenarios:
+            try:
+                scenario(directory)
+                found[scenario.__name__] = ""
+            except BaseException:
+                found[scenario.__name__] = traceback.format_exc()
+            report.write_text(json.dumps(found))
+            if found[scenario.__name__]:
+                break  # the ranks no longer agree on what comes next
+        else:
+            if world != "last_two":
+                dist.barrier()
+                dist.destroy_process_group()
+            continue
+        return
+
+
+def main(directory: Path) -> dict[str, dict[str, str]]:
+    """Fork the ranks, wait for them, and gather what they found."""
+    torch.set_num_threads(1)
+    logging.disable(logging.ERROR)
+    children = []
+    for number in range(4):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                run_rank(number, directory)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+    results: dict[str, dict[str, str]] = {}
+    for number in range(4):
+        report = directory / f"rank_{number}.json"
+        for scenario, text in (json.loads(report.read_text()) if report.exists() else {}).items():
+            results.setdefault(scenario, {})[str(number)] = text
+    return results
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(json.dumps(main(Path(sys.argv[1]))))

@@ -65,6 +65,8 @@ def item_extras(info: StorageInfo) -> ItemExtras:
     values = info.__dict__.get("gpudcp")
     if values is None:
         return _NO_EXTRAS
+    if type(values) is not tuple or len(values) != 3:
+        raise ValueError(f"{values!r} are no item extras")
     payload_offset, dtype, crc32 = values
     for number in (payload_offset, crc32):
         if not (number is None or (type(number) is int and number >= 0)):

@@ -57,6 +57,16 @@ def extent_of_box(strides: tuple[int, ...], lengths: tuple[int, ...]) -> int:
     return 1 + sum(stride * (length - 1) for stride, length in zip(strides, lengths, strict=True))
 
 
+def longest_gap(strides: tuple[int, ...], lengths: tuple[int, ...]) -> int:
+    """The most elements that lie side by side between the first and the last of a box, and belong to none of it."""
+    longest, extent = 0, 1
+    for stride, length in sorted(zip(strides, lengths, strict=True)):
+        if length > 1:
+            longest = max(longest, stride - extent)
+            extent += stride * (length - 1)
+    return longest
+
+
 def is_dense_run(strides: tuple[int, ...], lengths: tuple[int, ...]) -> bool:
     """Whether a strided box, read in row-major order, is one gapless ascending run of memory."""
     step = 1

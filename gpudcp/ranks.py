@@ -14,22 +14,46 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import torch.distributed as dist
 
-from gpudcp.errors import CheckpointBusyError, GpuDcpError, RankFailedError
+from gpudcp.errors import CheckpointBusyError, GpuDcpError, PlanError, RankFailedError
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 class _Failure(NamedTuple):
-    """An error on its way to other ranks: its first line and, if it is of our tree, itself."""
+    """An error on its way to other ranks: its first line and, if it is of our tree and can travel, itself, pickled."""
 
     text: str
-    error: GpuDcpError | None
+    pickled: bytes | None
+    is_busy: bool
 
     @classmethod
     def of(cls, error: BaseException) -> _Failure:
-        lines = str(error).strip().splitlines() or [""]
-        return cls(f"{type(error).__name__}: {lines[0]}", error if isinstance(error, GpuDcpError) else None)
+        return cls(_in_a_line(error), _pickled(error), isinstance(error, CheckpointBusyError))
+
+    def error(self) -> GpuDcpError | None:
+        """A copy of the error, if there can be one on this rank."""
+        try:
+            return None if self.pickled is None else pickle.loads(self.pickled)
+        except Exception:  # a user's subclass: unpickling it may raise anything, as where its module is unknown
+            return None
+
+
+def _in_a_line(error: BaseException) -> str:
+    try:
+        text = str(error).strip()
+    except Exception:  # some errors cannot even be printed
+        text = ""
+    return f"{type(error).__name__}: {text.partition(chr(10))[0]}"
+
+
+def _pickled(error: BaseException) -> bytes | None:
+    if not isinstance(error, GpuDcpError):
+        return None
+    try:
+        return pickle.dumps(error)
+    except Exception:  # a user's subclass
+        return None
 
 
 class _Outcome(NamedTuple):
@@ -59,18 +83,26 @@ class Ranks:
         self, step: str, make: Callable[[], T], reduce: Callable[[list[T]], Sequence[R]]
     ) -> Callable[[], R]:
         """Make a value on each rank, reduce them on the coordinator, and give each rank its part, to be called for."""
+
+        def parts_of(values: list[T]) -> Sequence[R]:
+            parts = reduce(values)
+            if len(parts) != self._size:
+                raise PlanError(f"{step}: {len(parts)} parts for {self._size} rank{'s' * (self._size > 1)}")
+            return parts
+
         if self._is_alone:
-            part = self._alone(step, lambda: reduce([make()])[0])
+            part = self._alone(step, lambda: parts_of([make()])[0])
             return lambda: part
         own, error = self._attempt(lambda: pickle.dumps(make()))
         parts: list[_Outcome] | None = None
         if (gathered := self._gather(step, own)) is not None:
-            parts, own_error = self._reduce(gathered, lambda values: [pickle.dumps(part) for part in reduce(values)])
+            parts, own_error = self._reduce(gathered, lambda values: [pickle.dumps(part) for part in parts_of(values)])
             error = error or own_error
         received: list[Any] = [None]
         with _in_touch(step):
             dist.scatter_object_list(received, parts, src=self._coordinator, group=self._group)
-        return self._value(step, received[0], error)
+        pickled = self._pickled_value(step, received[0], error)
+        return lambda: pickle.loads(pickled)
 
     def reduce_broadcast(self, step: str, make: Callable[[], T], reduce: Callable[[list[T]], R]) -> R:
         """Make a value on each rank, reduce them on the coordinator, and give the result to every rank."""
@@ -84,7 +116,8 @@ class Ranks:
             sent = parts[:1]
         with _in_touch(step):
             dist.broadcast_object_list(sent, src=self._coordinator, group=self._group)
-        result: R = self._value(step, sent[0], error)()
+        pickled = self._pickled_value(step, sent[0], error)
+        result: R = self.vote(step, lambda: pickle.loads(pickled))
         return result
 
     def vote(self, step: str, act: Callable[[], T]) -> T:
@@ -139,15 +172,15 @@ class Ranks:
                 failures = {self.rank: _Failure.of(err)}
         return [_Outcome(b"", failures)] * self._size, error
 
-    def _value(self, step: str, outcome: _Outcome, error: BaseException | None) -> Callable[[], Any]:
+    def _pickled_value(self, step: str, outcome: _Outcome, error: BaseException | None) -> bytes:
         if outcome.failures:
             self._raise(step, outcome.failures, error)
-        return lambda: pickle.loads(outcome.pickled)
+        return outcome.pickled
 
     def _raise(self, step: str, failures: dict[int, _Failure], own: BaseException | None) -> NoReturn:
         """Raise what this rank raises for these failures, of which ``own`` may be one."""
         # A rank that is told to try again must not do so alone: any other failure goes before this one, on all ranks.
-        final = [rank for rank, failure in failures.items() if not isinstance(failure.error, CheckpointBusyError)]
+        final = [rank for rank, failure in failures.items() if not failure.is_busy]
         if isinstance(own, (GpuDcpError, KeyboardInterrupt, SystemExit)) and not (
             final and isinstance(own, CheckpointBusyError)
         ):
@@ -156,9 +189,9 @@ class Ranks:
         first = failures[min(final or ranks)]
         where = "" if self._is_alone else f" on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
         message = f"{step} failed{where}: {first.text}"
-        if (own is None or isinstance(own, CheckpointBusyError)) and first.error is not None:
-            first.error.args = (message,)
-            raise first.error from own
+        if (own is None or isinstance(own, CheckpointBusyError)) and (error := first.error()) is not None:
+            error.args = (message,)
+            raise error from own
         raise RankFailedError(message, ranks={rank: failures[rank].text for rank in ranks}) from own
 
 
@@ -168,4 +201,6 @@ def _in_touch(step: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as err:
-        raise RankFailedError(f"{step} failed: the ranks lost touch with each other: {err}", ranks={}) from err
+        raise RankFailedError(
+            f"{step} failed: the ranks lost touch with each other: {_in_a_line(err)}", ranks={}
+        ) from err

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +42,15 @@ class TransferReport:
             f"{self.total_s:.3f} s ({self.gb_per_s:.2f} GB/s; {phases}); executor {self.executor}, files {self.files}, "
             f"checksum {self.checksum} ({'; '.join(self.reasons)})"
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The mappingproxy does not pickle; a writer, which holds a report, goes to another process for async_save.
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return _rebuild, ({**values, "phases_s": dict(self.phases_s)},)
+
+
+def _rebuild(values: dict[str, Any]) -> TransferReport:
+    return TransferReport(**{**values, "phases_s": MappingProxyType(values["phases_s"])})
 
 
 class Stopwatch:

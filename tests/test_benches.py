@@ -1,4 +1,4 @@
-"""The benches run, small, and measure what they say: turns, bytes, the page cache, targets. Durations are not judged."""
+"""The benches run, small, and measure what they say: turns, bytes, the page cache, targets. No duration is judged."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from gpudcp.boxes import extent_of_box, is_dense_run
+from gpudcp.boxes import extent_of_box, is_dense_run, longest_gap
 from gpudcp.errors import PlanError
 
 READ_GAP_NBYTES = 64 << 10
@@ -194,7 +194,7 @@ def _cut(
     inner_lengths = (*lengths[:dim], 1, *lengths[dim + 1 :])
     inner_extent = extent_of_box(strides, inner_lengths)
     rows = 1
-    if stride - inner_extent <= gap_numel and inner_extent <= slab_numel:
+    if longest_gap(strides, lengths) <= gap_numel and inner_extent <= slab_numel:
         rows = lengths[dim] if stride == 0 else min(lengths[dim], 1 + (slab_numel - inner_extent) // stride)
     for row in range(0, lengths[dim], rows):
         taken = min(rows, lengths[dim] - row)

@@ -15,7 +15,15 @@ from typing import NamedTuple
 import torch
 
 from gpudcp.boxes import boxes_of_run
-from gpudcp.chunkplan.load import NO_DESTINATION, ChunkRead, LoadChunkPlan, PayloadCheck, Segment, SlabRead
+from gpudcp.chunkplan.load import (
+    NO_DESTINATION,
+    STRAIGHT_NBYTES,
+    ChunkRead,
+    LoadChunkPlan,
+    PayloadCheck,
+    Segment,
+    SlabRead,
+)
 from gpudcp.chunkplan.save import LiteralWrite, SaveChunkPlan, SaveFilePlan
 from gpudcp.errors import CorruptCheckpointError
 from gpudcp.executors.base import FileReceipt, LoadTarget, SaveSource
@@ -89,7 +97,7 @@ class CpuExecutor:
                 crc = packer.put_small(envelope, tensor.data_ptr(), has_checksum=self._has_checksum)
             else:
                 packer.put_bytes(envelope.prefix)
-                crc = packer.put_memory(tensor.data_ptr(), envelope.payload_nbytes, 0 if self._has_checksum else None)
+                crc = packer.put_memory(tensor, 0 if self._has_checksum else None)
                 packer.put_bytes(envelope.suffix_with(crc or 0))
             crcs.append(crc)
         packer.skip_to(file.nbytes)
@@ -143,7 +151,10 @@ class CpuExecutor:
 
 
 class _Packer:
-    """A cursor over one file: what is put goes into slabs, full slabs go to the pool."""
+    """A cursor over one file: what is put goes into slabs, full slabs go to the pool.
+
+    Where the file takes writes of any alignment, large runs of memory go to the pool as they are, past the slabs.
+    """
 
     def __init__(
         self, file: SaveFilePlan, writer: FileWriter, pool: ThreadPoolExecutor, *, lanes: int, stopwatch: Stopwatch
@@ -151,13 +162,15 @@ class _Packer:
         self._writer = writer
         self._pool = pool
         self._stopwatch = stopwatch
+        self._lanes = lanes
         self._slab_nbytes = file.slab_nbytes
         nslabs = max(1, min(lanes, -(-file.nbytes // file.slab_nbytes)))
         self._free = [HostSlab(file.slab_nbytes) for _ in range(nslabs)]
-        self._in_flight: deque[tuple[Future[None], HostSlab]] = deque()
+        self._in_flight: deque[_WriteInFlight] = deque()
         self._slab = self._free.pop()
-        self._start = 0  # of the slab, in the file
-        self._fill = 0  # bytes of the slab that are packed
+        self._start = 0  # of the slab, in the file: always on a block
+        self._packed_from = 0  # bytes of the slab before this are not this slab's to write
+        self._fill = 0  # bytes of the slab up to this are packed
 
     @property
     def room(self) -> int:
@@ -189,8 +202,11 @@ class _Packer:
             self._fill += count
             taken += count
 
-    def put_memory(self, address: int, nbytes: int, crc: int | None) -> int | None:
-        """Bytes from an address; returns their CRC-32 appended to what gave ``crc``."""
+    def put_memory(self, tensor: torch.Tensor, crc: int | None) -> int | None:
+        """The bytes of a plain tensor; returns their CRC-32 appended to what gave ``crc``."""
+        address, nbytes = tensor.data_ptr(), tensor.nbytes
+        if self._writer.alignment_nbytes == 1 and nbytes >= STRAIGHT_NBYTES:
+            return self._put_straight(tensor, crc)
         while nbytes:
             count = min(nbytes, self._usable(), _CACHED_NBYTES)
             ctypes.memmove(self._slab.address + self._fill, address, count)
@@ -199,6 +215,25 @@ class _Packer:
             self._fill += count
             address += count
             nbytes -= count
+        return crc
+
+    def _put_straight(self, tensor: torch.Tensor, crc: int | None) -> int | None:
+        memory = _memory_at(tensor.data_ptr(), tensor.nbytes)
+        cursor = self._start + self._fill
+        if self._fill > self._packed_from:
+            self._send()
+            self._slab = self._next_slab()
+        for begin in range(0, len(memory), self._slab_nbytes):
+            part = memory[begin : begin + self._slab_nbytes]
+            if crc is not None:
+                crc = crc32(part, crc)
+            if len(self._in_flight) >= self._lanes:
+                self._finish_oldest()
+            self._in_flight.append(_WriteInFlight(self._pool.submit(self._writer.write, part, cursor), None, tensor))
+            cursor += len(part)
+        # The slab goes on from the block that the cursor is in, so that elements stay aligned in it.
+        self._packed_from = self._fill = cursor % SLAB_ALIGNMENT_NBYTES
+        self._start = cursor - self._fill
         return crc
 
     def put_tensor(self, tensor: torch.Tensor, dtype: torch.dtype, crc: int | None) -> int | None:
@@ -225,30 +260,48 @@ class _Packer:
 
     def drain(self) -> None:
         """Send off the last slab and wait for every write."""
-        if self._fill:
+        if self._fill > self._packed_from:
             self._send()
         while self._in_flight:
-            self._in_flight.popleft()[0].result()
+            self._in_flight.popleft().future.result()
 
     def _usable(self) -> int:
         """The room in the slab at hand, which is a new one if the last is full."""
         if self._fill == self._slab_nbytes:
             self._send()
-            if not self._free:
-                with self._stopwatch.phase("wait for write"):
-                    future, slab = self._in_flight.popleft()
-                    future.result()
-                self._free.append(slab)
-            self._slab = self._free.pop()
+            self._slab = self._next_slab()
             self._start += self._slab_nbytes
-            self._fill = 0
+            self._packed_from = self._fill = 0
         return self.room
 
     def _send(self) -> None:
-        # Whole blocks, as direct writes need them; what the last one has too much is cut off by `finish`.
-        nbytes = -(-self._fill // SLAB_ALIGNMENT_NBYTES) * SLAB_ALIGNMENT_NBYTES
-        future = self._pool.submit(self._writer.write, self._slab.view[:nbytes], self._start)
-        self._in_flight.append((future, self._slab))
+        end = self._fill
+        if self._writer.alignment_nbytes > 1:
+            # Whole blocks; what the last one of the file has too much is cut off by `finish`.
+            end = -(-end // SLAB_ALIGNMENT_NBYTES) * SLAB_ALIGNMENT_NBYTES
+        part, byte_offset = self._slab.view[self._packed_from : end], self._start + self._packed_from
+        self._in_flight.append(
+            _WriteInFlight(self._pool.submit(self._writer.write, part, byte_offset), self._slab, None)
+        )
+
+    def _next_slab(self) -> HostSlab:
+        while not self._free:
+            self._finish_oldest()
+        return self._free.pop()
+
+    def _finish_oldest(self) -> None:
+        with self._stopwatch.phase("wait for write"):
+            oldest = self._in_flight.popleft()
+            oldest.future.result()
+        if oldest.slab is not None:
+            self._free.append(oldest.slab)
+
+
+class _WriteInFlight(NamedTuple):
+    future: Future[None]
+    slab: HostSlab | None
+    tensor: torch.Tensor | None
+    """Kept alive while its memory is being written."""
 
 
 def _is_plain_memory(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -259,6 +312,11 @@ def _is_plain_memory(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
         and tensor.is_contiguous()
         and not (tensor.is_conj() or tensor.is_neg())
     )
+
+
+def _memory_at(address: int, nbytes: int) -> memoryview:
+    """The memory of a tensor that somebody else keeps alive."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 class _ReadInFlight(NamedTuple):
@@ -335,7 +393,7 @@ class _Destinations:
         box = _box(self._tensor(chunk.position), chunk)
         if not _is_plain_memory(box, chunk.dtype):
             return None
-        return memoryview((ctypes.c_char * read.nbytes).from_address(box.data_ptr())).cast("B")
+        return _memory_at(box.data_ptr(), read.nbytes)
 
     def fill(self, read: SlabRead, slab: HostSlab | None) -> None:
         """The read is done: unpack it if it went into a slab."""

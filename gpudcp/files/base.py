@@ -11,11 +11,13 @@ class FileWriter(Protocol):
     """A new file. Leaving its context without `finish` removes it."""
 
     path: str
+    alignment_nbytes: int
+    """1: writes of any offset, length and address. 4096: all three are multiples of it."""
 
     def write(self, data: memoryview, byte_offset: int) -> None:
         """Write all of ``data`` at ``byte_offset``, or raise TransferError. Ranges of several threads never overlap.
 
-        Offset, length and address are multiples of 4096; the last range of the file is padded, and `finish` cuts it.
+        The last range of the file may be padded to the alignment; `finish` cuts it off.
         """
 
     def finish(self, nbytes: int) -> None:

@@ -21,6 +21,7 @@ class PosixWriter:
     def __init__(self, path: str, *, nbytes: int, is_direct: bool, fsync: bool) -> None:
         self.path = path
         self.is_direct = is_direct
+        self.alignment_nbytes = SLAB_ALIGNMENT_NBYTES if is_direct else 1
         self._fsync = fsync
         self._is_finished = False
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | (os.O_DIRECT if is_direct else 0)

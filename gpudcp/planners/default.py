@@ -132,7 +132,8 @@ class DefaultLoadPlanner(torch_planners.DefaultLoadPlanner):
         if self.flatten_state_dict:
             set_element(self.original_state_dict, self.mappings[fqn], loaded)
         else:
-            self.state_dict[fqn] = loaded
+            # torch's planner has it in the copy alone that flattening sharded tensors makes: the caller never sees it.
+            self.original_state_dict[fqn] = self.state_dict[fqn] = loaded
 
 
 def is_whole(value: object) -> bool:

@@ -118,6 +118,7 @@ class GpuStorageReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Take the metadata that the plans are made of."""
         self._metadata = metadata
+        self._files.close()  # of a load that went no further
         self.report = None
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -169,6 +170,13 @@ class GpuStorageReader(StorageReader):
         try:
             with collector_paused():
                 self._read_data(plan, planner)
+        except CheckpointNotFoundError as missing:
+            # A file that was opened only now, as not all could be open at once. Other ranks may have read on.
+            if _save_id(self._read_metadata()) == _save_id(self._known_metadata()):
+                raise
+            raise CheckpointBusyError(
+                f"{self.path}: a newer checkpoint was committed while this one was read; load again"
+            ) from missing
         finally:
             self._files.close()
         future: Future[None] = Future()
@@ -178,21 +186,22 @@ class GpuStorageReader(StorageReader):
     def _read_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         stopwatch = Stopwatch()
         executor, reason = choose_executor(self.options)
-        self._open_files(plan.items)
+        stored = StoredItems(self._known_metadata(), self.path)
+        self._files.open(stored.paths(plan.items))
         with stopwatch.phase("plan"):
-            needs = _Needs(plan.items, StoredItems(self._known_metadata(), self.path), self._files, self.options)
+            needs = _Needs(plan.items, stored, self._files, self.options)
             chunk_plan = needs.chunk_plan()
         executor.load(chunk_plan, PlannerTarget(plan.items, planner), self._files.get, stopwatch)
         with stopwatch.phase("objects"):
-            for position, stored in needs.whole_items:
-                load_whole_item(plan.items[position], stored, self._files.get(stored.path), planner, self.options)
-        whole_nbytes = sum(stored.nbytes for _, stored in needs.whole_items)
+            for position, item in needs.whole_items:
+                load_whole_item(plan.items[position], item, self._files.get(item.path), planner, self.options)
+        whole_nbytes = sum(item.nbytes for _, item in needs.whole_items)
         self.report = TransferReport(
             direction="load",
             path=self.path,
             nitems=len(plan.items),
             payload_nbytes=needs.payload_nbytes + whole_nbytes,
-            file_nbytes=chunk_plan.nbytes + whole_nbytes,
+            file_nbytes=needs.envelope_nbytes + chunk_plan.nbytes + whole_nbytes,
             total_s=stopwatch.total_s(),
             phases_s=MappingProxyType(dict(stopwatch.seconds)),
             executor=executor.name,
@@ -227,6 +236,7 @@ class _Needs:
     def __init__(self, items: Sequence[ReadItem], stored: StoredItems, files: _OpenFiles, options: Options) -> None:
         self.whole_items: list[tuple[int, StoredItem]] = []
         self.payload_nbytes = 0
+        self.envelope_nbytes = 0
         self._options = options
         self._requests: list[ReadRequest] = []
         self._checks: dict[tuple[str, int], PayloadCheck | None] = {}
@@ -239,8 +249,10 @@ class _Needs:
             file = files.get(place.path)
             check_range(place, file)
             if window is None or window.file is not file:
+                self.envelope_nbytes += 0 if window is None else window.nbytes
                 window = Window(file)
             self._add(position, items[position], place, stored, window)
+        self.envelope_nbytes += 0 if window is None else window.nbytes
 
     @property
     def npayloads(self) -> int:
@@ -281,17 +293,24 @@ class _Needs:
 
 
 class _OpenFiles:
-    """The checkpoint's open files, by relative path."""
+    """The checkpoint's open files, by relative path: as many as the process may have, and of the rest those used last.
+
+    A file that is passed over for others is closed when the last read of it, which may be in flight, lets go of it.
+    """
+
+    _PASSING_FILES = 8
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._open: dict[str, PosixReader] = {}
+        self._kept: dict[str, PosixReader] = {}
+        self._passing: dict[str, PosixReader] = {}
 
     def open(self, paths: set[str]) -> None:
         """Open them all, as far as the process's limit on open files allows; the rest is opened when it is needed."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
         for path in sorted(paths)[:limit]:
-            self.get(path)
+            if path not in self._kept:
+                self._kept[path] = self._opened(path)
 
     def get(self, path: str) -> PosixReader:
         """The open file.
@@ -299,15 +318,21 @@ class _OpenFiles:
         Raises:
             CheckpointNotFoundError: it does not exist.
         """
-        file = self._open.get(path)
+        file = self._kept.get(path) or self._passing.get(path)
         if file is None:
-            file = self._open[path] = PosixReader(os.path.join(self._directory, path))
+            file = self._passing[path] = self._opened(path)
+            if len(self._passing) > self._PASSING_FILES:
+                del self._passing[next(iter(self._passing))]
         return file
 
+    def _opened(self, path: str) -> PosixReader:
+        return PosixReader(os.path.join(self._directory, path))
+
     def close(self) -> None:
-        for file in self._open.values():
+        for file in (*self._kept.values(), *self._passing.values()):
             file.close()
-        self._open.clear()
+        self._kept.clear()
+        self._passing.clear()
 
 
 def _save_id(metadata: Metadata) -> str | None:

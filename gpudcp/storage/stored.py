@@ -133,7 +133,7 @@ def stored_tensor(item: StoredItem, sizes: tuple[int, ...], window: Window) -> S
         )
         if found is not None and found.sizes != sizes:
             raise CorruptCheckpointError(
-                f"{path}: {item.fqn}: the file holds shape {found.sizes}, the metadata says {sizes}",
+                f"{path}: {item.fqn}: the file holds shape {found.sizes}, the metadata says {tuple(sizes)}",
                 path=path,
                 fqn=item.fqn,
             )
@@ -162,16 +162,17 @@ def check_box(item: ReadItem, sizes: tuple[int, ...]) -> None:
         PlanError: it does not.
     """
     offsets, lengths = item.storage_offsets, item.lengths
-    if lengths == sizes and not any(offsets):
+    if lengths == sizes and len(offsets) == len(sizes) and not any(offsets):
         return
     if len(offsets) != len(sizes) or len(lengths) != len(sizes):
         raise PlanError(
-            f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} of a chunk {sizes}"
+            f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} of a chunk {tuple(sizes)}"
         )
     for offset, length, size in zip(offsets, lengths, sizes, strict=True):
         if offset < 0 or length < 0 or offset + length > size:
             raise PlanError(
-                f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} leave a chunk of {sizes}"
+                f"{item.storage_index.fqn}: offsets {tuple(offsets)}, lengths {tuple(lengths)} leave a chunk of "
+                f"{tuple(sizes)}"
             )
 
 
@@ -187,6 +188,8 @@ class Window:
 
     def __init__(self, file: PosixReader) -> None:
         self.file = file
+        self.nbytes = 0
+        """Bytes read of the file."""
         self._start = 0
         self._block = memoryview(b"")
 
@@ -196,6 +199,7 @@ class Window:
             available = max(nbytes, min(self._BLOCK_NBYTES, self.file.nbytes - byte_offset))
             block = memoryview(bytearray(available))
             self.file.read(block, byte_offset)
+            self.nbytes += available
             self._start, self._block = byte_offset, block
         position = byte_offset - self._start
         return self._block[position : position + nbytes]

@@ -37,6 +37,8 @@ class Call(NamedTuple):
 class Backend(Protocol):
     """A place for files."""
 
+    alignment_nbytes: int
+
     def create(self, file: SaveFilePlan) -> FileWriter: ...
 
     def open(self, path: str) -> FileReader: ...
@@ -54,6 +56,7 @@ class Files:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self.put, self.content, self.names = backend.put, backend.content, backend.names
+        self.alignment_nbytes = backend.alignment_nbytes
         self.calls: list[Call] = []
         self.running = 0
         """Calls that have begun and not ended."""
@@ -89,7 +92,7 @@ class Files:
 class _RecordingWriter:
     def __init__(self, files: Files, inner: FileWriter) -> None:
         self._files, self._inner = files, inner
-        self.path = inner.path
+        self.path, self.alignment_nbytes = inner.path, inner.alignment_nbytes
 
     def write(self, data: memoryview, byte_offset: int) -> None:
         with self._files._recorded(Call("write", self.path, byte_offset, len(data), _address(data))):
@@ -129,12 +132,13 @@ def _address(data: memoryview) -> int:
 class MemoryBackend:
     """Files in memory, which refuse what the contract of a files backend forbids."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, alignment_nbytes: int = 4096) -> None:
+        self.alignment_nbytes = alignment_nbytes
         self._files: dict[str, bytes] = {}
 
     def create(self, file: SaveFilePlan) -> FileWriter:
         self._files[file.path] = b""
-        return _MemoryWriter(self, file.path)
+        return _MemoryWriter(self, file.path, self.alignment_nbytes)
 
     def open(self, path: str) -> FileReader:
         if path not in self._files:
@@ -152,14 +156,17 @@ class MemoryBackend:
 
 
 class _MemoryWriter:
-    def __init__(self, backend: MemoryBackend, path: str) -> None:
+    def __init__(self, backend: MemoryBackend, path: str, alignment_nbytes: int) -> None:
         self.path = path
+        self.alignment_nbytes = alignment_nbytes
         self._backend = backend
         self._data = bytearray()
         self._is_finished = False
         self._guard = threading.Lock()
 
     def write(self, data: memoryview, byte_offset: int) -> None:
+        for number in (byte_offset, len(data), _address(data)):
+            assert number % self.alignment_nbytes == 0, f"{number} is not on a block"
         with self._guard:
             end = byte_offset + len(data)
             # What no write reaches must not look like the zeros that the plan asks for.
@@ -200,6 +207,7 @@ class PosixBackend:
     def __init__(self, directory: Path, *, is_direct: bool) -> None:
         self._directory = directory
         self._is_direct = is_direct
+        self.alignment_nbytes = 4096 if is_direct else 1
 
     def create(self, file: SaveFilePlan) -> FileWriter:
         path = str(self._directory / file.path)

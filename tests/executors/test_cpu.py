@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator
 
 import pytest
 import torch
 from executor_fakes import (
     Call,
+    Entry,
     Files,
     MemoryBackend,
     Target,
@@ -19,6 +21,8 @@ from executor_fakes import (
     random_tensor,
     save_of,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpudcp.chunkplan.load import PayloadCheck, ReadRequest, plan_load
 from gpudcp.chunkplan.save import SaveChunkPlan
@@ -115,6 +119,87 @@ def test_a_load_takes_as_many_slabs_as_it_has_lanes_whatever_its_size(
     executor_of(lanes=3).load(plan, target, files.open_reader, Stopwatch())
     assert slabs.most_alive == min(3, nslabs)
     assert target.committed == {0: data}
+
+
+def test_large_plain_memory_is_written_as_it_is_where_the_file_takes_any_alignment() -> None:
+    """No byte of it goes through a slab; it goes in calls of a slab's size all the same."""
+    tensor, small = random_tensor(300, 1000), random_tensor(77)
+    plan, source = save_of([small, tensor, tensor.t(), small], slab_nbytes=128 << 10)
+    files = Files(MemoryBackend(alignment_nbytes=1))
+    executor_of(lanes=3).save(plan, source, files.open_writer, Stopwatch())
+    assert files.content("file") == naive_file(plan.files[0], source)[0]
+    inside = range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+    straight = [call for call in files.calls_of("write") if call.address in inside]
+    assert {call.address - call.byte_offset for call in straight} == {
+        tensor.data_ptr() - plan.files[0].writes[1].payload_offset
+    }
+    assert sum(call.nbytes for call in straight) == tensor.nbytes
+    assert max(call.nbytes for call in straight) == 128 << 10
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_memory_that_is_written_as_it_is_stays_alive_until_then_and_no_longer(lanes: int) -> None:
+    """A planner may resolve to tensors that nobody else holds: a ring of them is alive, and the one at hand."""
+    alive = most_alive = 0
+
+    def die() -> None:
+        nonlocal alive
+        alive -= 1
+
+    class Fleeting:
+        def resolve(self, position: int) -> torch.Tensor:
+            nonlocal alive, most_alive
+            alive += 1
+            most_alive = max(most_alive, alive)
+            tensor = random_tensor(300, 1000, seed=position)
+            weakref.finalize(tensor, die)
+            return tensor
+
+    plan, source = save_of([random_tensor(300, 1000, seed=seed) for seed in range(8)], slab_nbytes=1 << 20)
+    files = Files(MemoryBackend(alignment_nbytes=1))
+    files.on_call = lambda call: threading.Event().wait(0.01) if call.kind == "write" else None
+    executor_of(lanes=lanes, threads=1).save(plan, Fleeting(), files.open_writer, Stopwatch())
+    assert files.content("file") == naive_file(plan.files[0], source)[0]
+    assert most_alive <= lanes + 1
+    assert alive == 0
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    entries=st.lists(
+        st.tuples(st.sampled_from(["plain", "strided", "cast", "literal"]), st.integers(0, 6000)),
+        min_size=1,
+        max_size=8,
+    ),
+    threshold=st.integers(1, 10_000),
+    nblocks=st.integers(1, 3),
+    lanes=st.integers(1, 3),
+    alignment_nbytes=st.sampled_from([1, 4096]),
+)
+def test_bytes_are_the_same_whichever_of_them_go_past_the_slabs(
+    entries: list[tuple[str, int]], threshold: int, nblocks: int, lanes: int, alignment_nbytes: int
+) -> None:
+    """Any mix of small and large, plain and strided, with a slab begun or not: compared with the naive file."""
+    plan, source = save_of([entry_of(kind, size) for kind, size in entries], slab_nbytes=nblocks * 4096)
+    files = Files(MemoryBackend(alignment_nbytes=alignment_nbytes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu, "STRAIGHT_NBYTES", threshold)
+        receipts = executor_of(lanes=lanes).save(plan, source, files.open_writer, Stopwatch())
+    expected, crcs = naive_file(plan.files[0], source)
+    assert files.content("file") == expected
+    assert receipts == [(len(expected), crcs)]
+    ranges = sorted((call.byte_offset, call.nbytes) for call in files.calls_of("write"))
+    assert [start for start, _ in ranges] == [0, *(start + nbytes for start, nbytes in ranges)][: len(ranges)]
+
+
+def entry_of(kind: str, size: int) -> Entry:
+    """Something of about that many elements to save."""
+    tensor = torch.arange(float(size)) - 3000
+    if kind == "literal":
+        return b"literal" * (size // 7)
+    if kind == "cast":
+        return tensor, torch.bfloat16
+    return tensor if kind == "plain" else tensor.expand(2, size).t()
 
 
 def test_slabs_are_gone_after_an_error_too(slabs: type[CountedSlab], files: Files) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -18,7 +19,7 @@ from torch.utils.serialization import config as serialization_config
 
 from gpudcp.boxes import extent_of_box
 from gpudcp.errors import CorruptCheckpointError
-from gpudcp.formats.archive import StoredTensor, read_stored_tensor
+from gpudcp.formats.archive import ReadAt, StoredTensor, check_records, read_stored_tensor
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
 from gpudcp.formats.envelope import envelope_at
@@ -52,8 +53,8 @@ def saved(value: object) -> bytes:
     return buffer.getvalue()
 
 
-def parse(data: bytes, *, before: int = 0, after: int = 0) -> StoredTensor | None:
-    """Parses an archive that stands between other bytes of a file, none of which may be read."""
+def reader_of(data: bytes, *, before: int = 0, after: int = 0) -> ReadAt:
+    """Reads from an archive that stands between other bytes of a file, none of which may be read."""
     file = b"\xff" * before + data + b"\xff" * after
 
     def read_at(byte_offset: int, nbytes: int) -> bytes:
@@ -62,7 +63,16 @@ def parse(data: bytes, *, before: int = 0, after: int = 0) -> StoredTensor | Non
         assert byte_offset + nbytes <= before + len(data), "a read outside the item"
         return file[byte_offset : byte_offset + nbytes]
 
+    return read_at
+
+
+def parse(data: bytes, *, before: int = 0, after: int = 0) -> StoredTensor | None:
+    read_at = reader_of(data, before=before, after=after)
     return read_stored_tensor(read_at, byte_offset=before, nbytes=len(data), path="some file", fqn="some.key")
+
+
+def check(data: bytes) -> None:
+    check_records(reader_of(data), byte_offset=0, nbytes=len(data), path="some file", fqn="some.key")
 
 
 def rebuilt(stored: StoredTensor, data: bytes) -> torch.Tensor:
@@ -337,6 +347,43 @@ def test_dtypes_that_no_torch_can_save_are_left_to_torch(name: str) -> None:
     assert parse(rezipped(data, {"data.pkl": forged})) is None
 
 
+OBJECT = {"step": 5, "tensor": torch.arange(20.0), "other": torch.ones(3, dtype=torch.int16), "text": "x" * 40}
+
+
+@pytest.mark.parametrize("record", ["data.pkl", "data/0", "data/1", "byteorder", "version", ".data/serialization_id"])
+def test_a_flipped_bit_in_any_record_of_an_object_is_found(record: str) -> None:
+    """torch.load would take it as it is; the error names the record and both checksums."""
+    data = saved(OBJECT)
+    check(data)
+    content = record_of(data, record)
+    broken = bytearray(data)
+    broken[data.index(content) + len(content) // 2] ^= 4
+    with pytest.raises(CorruptCheckpointError, match=rf"some file: some\.key: .* of archive/{record} at ") as caught:
+        check(bytes(broken))
+    error: Any = caught.value
+    assert (error.path, error.fqn, error.expected_crc32) == ("some file", "some.key", crc32(content))
+    assert error.found_crc32 not in (None, error.expected_crc32)
+
+
+@pytest.mark.usefixtures("without_crc32")
+def test_records_without_checksums_are_not_checked() -> None:
+    """Written with torch's switch off: nothing is known of them, so nothing is wrong with them."""
+    data = bytearray(saved(OBJECT))
+    data[data.index(b"x" * 40)] ^= 1
+    check(bytes(data))
+
+
+def test_compressed_records_are_not_checked_as_if_they_were_stored() -> None:
+    """Their checksum is that of what they unpack to."""
+    check(rezipped(saved(OBJECT), {}, compression=zipfile.ZIP_DEFLATED))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80\x02K\x05.", bytes(5000), saved(5)[:-1], saved(5)[10:]], ids=len)
+def test_bytes_that_are_no_archive_are_left_to_who_reads_them(data: bytes) -> None:
+    """Objects of other formats have no records to check."""
+    check(data)
+
+
 class _Calls:
     """Pickles to a call."""
 
@@ -423,6 +470,8 @@ def mutated(draw: st.DrawFn, originals: list[bytes]) -> bytes:
 
 def check_answer(data: bytes) -> None:
     """The answer is None, a tensor inside its archive, or the one error that the parser promises."""
+    with contextlib.suppress(CorruptCheckpointError):
+        check(data)
     try:
         stored = parse(data)
     except CorruptCheckpointError:

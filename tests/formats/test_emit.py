@@ -85,15 +85,14 @@ def test_an_empty_checkpoint_is_emitted() -> None:
 
 
 def test_an_item_recorded_twice_is_what_its_last_record_says() -> None:
-    """As in a dict that is filled row by row."""
+    """As in a dict that is filled row by row: two ranks may have written the same object."""
     metadata, _ = example()
-    index = MetadataIndex("model.scalar", [])
-    records = records_of(
-        [Row(index, path, 5, 6, None, crc) for path, crc in (("one", None), ("two", 3), ("three", None))]
-    )
-    emitted = emit_metadata(metadata, records)
+    rows = [Row(MetadataIndex("ключ"), path, 5, 6, None, crc) for path, crc in (("one", 1), ("two", 2), ("three", 3))]
+    emitted = emit_metadata(metadata, records_of(rows))
     assert emitted is not None
-    assert described(pickle.loads(emitted)) == described(pickle.loads(pickled(metadata, records)))
+    loaded = pickle.loads(emitted)
+    assert described(loaded) == described(pickle.loads(pickled(metadata, records_of(rows))))
+    assert loaded.storage_data[MetadataIndex("ключ")].relative_path == "three"
 
 
 @pytest.mark.parametrize("name", ["", "a", "offset", "torch", "model.weight", "__0_0_ab.distcp"])

@@ -53,5 +53,5 @@ def found_by_stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[s
 def distributed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
     """The directory in which four ranks went through all scenarios, and what went wrong, by scenario and rank."""
     directory = tmp_path_factory.mktemp("distributed")
-    found: dict[str, dict[str, str]] = run_child("distributed_child.py", str(directory), timeout_s=180)
+    found: dict[str, dict[str, str]] = run_child("distributed_child.py", str(directory), timeout_s=300)
     return directory, found

@@ -61,7 +61,7 @@ def test_files_that_swapped_their_names_are_caught(distributed: Ran, tmp_path: P
     directory, _ = distributed
     broken = tmp_path / "swapped"
     shutil.copytree(directory / "faults", broken)
-    one, two = (next(broken.glob(f"__{rank}_*.distcp")) for rank in (1, 2))
+    one, two = (next(broken.glob(f"__{rank}_*.distcp")) for rank in (2, 3))
     assert one.stat().st_size == two.stat().st_size
     for source, target in ((one, tmp_path / "aside"), (two, one), (tmp_path / "aside", two)):
         os.rename(source, target)

@@ -1,0 +1,79 @@
+"""`probe` says what works here and why the rest does not, and does nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import gpudcp
+from gpudcp.files import tune
+from gpudcp.formats import checksum
+
+
+def test_the_cpu_executor_and_posix_files_work_everywhere(tmp_path: Path) -> None:
+    """What every fallback ends in."""
+    found = gpudcp.probe(tmp_path)
+    assert found["cpu"].is_available
+    assert found["posix"].is_available
+    assert found.torch == torch.__version__
+
+
+def test_what_does_not_work_has_a_reason_that_ends_with_the_remedy() -> None:
+    """The same text that asking for it by name raises."""
+    found = gpudcp.probe()
+    for field, name in (("executor", "cuda"), ("executor", "interpret"), ("files", "gds"), ("files", "kvikio")):
+        if not found[name].is_available:
+            assert f"Options({field}='auto')" in found[name].reason
+
+
+def test_every_backend_that_options_can_name_is_listed() -> None:
+    """And nothing that is not known."""
+    names = [capability.name for capability in gpudcp.probe().capabilities]
+    assert set(names) == {"cpu", "cuda", "interpret", "gds", "kvikio", "posix", "direct", "isal"}
+    assert len(names) == 8
+    with pytest.raises(KeyError):
+        gpudcp.probe()["floppy"]
+
+
+def test_direct_io_is_tried_where_the_checkpoint_would_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer is the directory's, and its file system is named."""
+    assert gpudcp.probe(tmp_path)["direct"].is_available == tune.supports_direct_io(str(tmp_path))
+    monkeypatch.setattr(importlib.import_module("gpudcp.probe"), "supports_direct_io", lambda _: False)
+    refused = gpudcp.probe(tmp_path)["direct"]
+    assert not refused.is_available
+    assert str(tmp_path) in refused.reason
+    assert tune.file_system_type(str(tmp_path)) in refused.reason
+    assert not gpudcp.probe(tmp_path / "absent")["direct"].is_available
+
+
+def test_the_checksum_library_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With zlib the reason says what to install."""
+    assert gpudcp.probe()["isal"].is_available == (checksum.LIBRARY == "isal")
+    monkeypatch.setattr(checksum, "LIBRARY", "zlib")
+    assert gpudcp.probe()["isal"].reason.endswith("pip install isal")
+    monkeypatch.setattr(checksum, "LIBRARY", "isal")
+    assert gpudcp.probe()["isal"].is_available
+
+
+def test_the_text_has_one_line_for_each(tmp_path: Path) -> None:
+    """For people."""
+    found = gpudcp.probe(tmp_path)
+    lines = str(found).splitlines()
+    assert lines[0] == f"Python {found.python}, torch {torch.__version__}"
+    assert len(lines) == 1 + len(found.capabilities)
+    for line, capability in zip(lines[1:], found.capabilities, strict=True):
+        assert line.startswith("yes" if capability.is_available else "no")
+        assert capability.name in line
+        assert capability.reason in line
+
+
+def test_a_probe_leaves_nothing_behind(tmp_path: Path) -> None:
+    """No file, and no open one."""
+    before = len(os.listdir("/proc/self/fd"))
+    gpudcp.probe(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert len(os.listdir("/proc/self/fd")) == before

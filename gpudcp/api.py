@@ -99,7 +99,7 @@ def load(
             loads them with ``weights_only=False``.
         process_group: the ranks that load; all by default.
         no_dist: load into this process alone; so does a process without torch.distributed.
-        options: for the default reader and planner; see `gpudcp.Options`.
+        options: for the default reader; see `gpudcp.Options`. The default planner follows its reader's.
 
     Raises:
         GpuDcpError: one of its tree; see `gpudcp.errors`.
@@ -112,7 +112,9 @@ def load(
         )
     elif checkpoint_id is not None:
         storage_reader.reset(checkpoint_id)
-    planner = planner or DefaultLoadPlanner(trust_pickle=options is not None and options.trust_pickle)
+    if planner is None:
+        is_trusted = isinstance(storage_reader, GpuStorageReader) and storage_reader.options.trust_pickle
+        planner = DefaultLoadPlanner(trust_pickle=is_trusted)
     ranks = Ranks(process_group, no_dist=_is_alone(no_dist))
     loaded: dict[str, Any] = {}
 

@@ -328,6 +328,14 @@ def test_an_object_is_loaded_with_trust_only(tmp_path: Path, flatten_state_dict:
     assert found == {"odd": None}
     gpudcp.load(found, tmp_path, planner=DefaultLoadPlanner(flatten_state_dict, trust_pickle=True))
     assert type(found["odd"]) is Custom
+    options = gpudcp.Options(trust_pickle=True)
+    for place in (
+        {"checkpoint_id": tmp_path, "options": options},
+        {"storage_reader": gpudcp.GpuStorageReader(tmp_path, options=options)},
+    ):
+        found = {"odd": None}
+        gpudcp.load(found, **place)  # type: ignore[arg-type]
+        assert type(found["odd"]) is Custom
 
 
 def test_bytes_that_are_no_object_are_corrupt(saved: Path) -> None:

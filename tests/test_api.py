@@ -244,11 +244,17 @@ def test_a_load_is_tried_again_once_when_the_checkpoint_was_busy(
             return super().create_local_plan()
 
     calls: list[str] = []
+
+    class Reader(gpudcp.GpuStorageReader):
+        def reset(self, checkpoint_id: Any = None) -> None:
+            calls.append(f"reset to {checkpoint_id}")
+            super().reset(checkpoint_id)
+
     state: dict[str, Any] = {"a": torch.zeros(2), "s": Recording("s", calls)}
     with caplog.at_level(logging.INFO, "gpudcp"):
-        gpudcp.load(state, tmp_path, planner=Busy(1))
+        gpudcp.load(state, storage_reader=Reader(tmp_path), planner=Busy(1))
     assert torch.equal(state["a"], torch.ones(2))
-    assert calls == ["s.state_dict", "s.state_dict", "s.load_state_dict"]
+    assert calls == ["s.state_dict", "reset to None", "s.state_dict", "s.load_state_dict"]
     assert "a newer checkpoint; loading the newer checkpoint" in caplog.text
     with pytest.raises(CheckpointBusyError, match="a newer checkpoint"):
         gpudcp.load(state, tmp_path, planner=Busy(2))

@@ -17,7 +17,10 @@ class SaveSource(Protocol):
     """Gives the tensors of a save, by position of their write item."""
 
     def resolve(self, position: int) -> torch.Tensor:
-        """A tensor of the chunk's sizes, of the item's dtype or one that the executor casts to it. Called once each."""
+        """A tensor of the chunk's sizes, of the item's dtype or one that the executor casts to it. Called once each.
+
+        Its memory may be read, and must stay as it is, until `Executor.save` returns.
+        """
 
 
 class LoadTarget(Protocol):

@@ -37,6 +37,7 @@ from gpudcp.formats import checksum
 from gpudcp.formats.metadata import decode_metadata
 from gpudcp.options import Options
 from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.places import directory_of, is_directory_id
 from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, check_range, is_object, stored_tensor
 from gpudcp.storage.targets import PlannerTarget, load_whole_item
 
@@ -65,7 +66,7 @@ class GpuStorageReader(StorageReader):
 
     def __init__(self, path: str | os.PathLike[str], *, options: Options | None = None) -> None:
         super().__init__()
-        self.path = os.fspath(path)
+        self.path = directory_of(path)
         self.options = options or Options()
         self.report: TransferReport | None = None
         """This rank's last transfer."""
@@ -77,7 +78,7 @@ class GpuStorageReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget the checkpoint read last and, if a path is given, point the reader there."""
         if checkpoint_id:
-            self.path = os.fspath(checkpoint_id)
+            self.path = directory_of(checkpoint_id)
         self._metadata = self._metadata_error = None
         self._files.close()
         self._files = _OpenFiles(self.path)
@@ -224,7 +225,7 @@ class GpuStorageReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this could be a path on a mounted file system."""
-        return "://" not in os.fspath(checkpoint_id)
+        return is_directory_id(checkpoint_id)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": _OpenFiles(self.path), "_metadata": None}

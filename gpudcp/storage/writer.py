@@ -39,6 +39,7 @@ from gpudcp.formats import checksum
 from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
 from gpudcp.options import Options
 from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.places import directory_of, is_directory_id
 from gpudcp.storage.results import StorageData, WriteResults
 from gpudcp.storage.sources import PlannerSource, literal_data
 
@@ -72,7 +73,7 @@ class GpuStorageWriter(StorageWriter):
 
     def __init__(self, path: str | os.PathLike[str], *, options: Options | None = None, overwrite: bool = True) -> None:
         super().__init__()
-        self.path = os.fspath(path)
+        self.path = directory_of(path)
         self.options = options or Options()
         self.overwrite = overwrite
         self.report: TransferReport | None = None
@@ -85,7 +86,7 @@ class GpuStorageWriter(StorageWriter):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Point the writer at another directory; without one nothing changes."""
         if checkpoint_id:
-            self.path = os.fspath(checkpoint_id)
+            self.path = directory_of(checkpoint_id)
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Make the directory and, on the coordinator, hold it until the save is committed."""
@@ -232,7 +233,8 @@ class GpuStorageWriter(StorageWriter):
         try:
             with open(path, "rb") as file:
                 metadata = decode_metadata(file.read(), path=path, trust_pickle=False)
-            return {info.relative_path for info in (metadata.storage_data or {}).values()}
+            paths = [info.relative_path for info in (metadata.storage_data or {}).values()]
+            return {path for path in paths if isinstance(path, str)}
         except FileNotFoundError:
             return set()
         except (OSError, GpuDcpError, AttributeError) as err:
@@ -257,7 +259,7 @@ class GpuStorageWriter(StorageWriter):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this could be a path on a mounted file system."""
-        return "://" not in os.fspath(checkpoint_id)
+        return is_directory_id(checkpoint_id)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None}

@@ -11,7 +11,6 @@ from math import prod
 
 import pytest
 import torch
-from conftest import Ring
 from executor_fakes import (
     Call,
     Entry,
@@ -25,6 +24,7 @@ from executor_fakes import (
     random_tensor,
     save_of,
 )
+from executor_rings import EXECUTORS, Ring
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,9 +93,9 @@ def test_a_contiguous_tensor_of_every_dtype_is_written_bit_for_bit(ring: Ring, f
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_strided_tensor_of_every_dtype_is_written_row_major(dtype: torch.dtype) -> None:
+def test_a_strided_tensor_of_every_dtype_is_written_row_major(ring: Ring, dtype: torch.dtype) -> None:
     """Transposed and stepped, bit for bit: moving elements must not need arithmetic on them."""
-    ring, files = Ring("cpu", 2, 2, 4096), Files(MemoryBackend())
+    files = Files(MemoryBackend())
     tensor = random_tensor(7, 300, dtype=dtype)
     check_save(ring, files, [tensor.t(), tensor[::2, 1::3], tensor[1:, 5:].t()])
 
@@ -141,8 +141,9 @@ def test_tensors_without_dimensions_or_elements_are_written(ring: Ring, files: F
 
 
 @pytest.mark.parametrize("dtype", [torch.complex32, torch.complex64, torch.complex128], ids=str)
-def test_conjugate_and_negative_views_are_written_resolved(ring: Ring, files: Files, dtype: torch.dtype) -> None:
+def test_conjugate_and_negative_views_are_written_resolved(ring: Ring, dtype: torch.dtype) -> None:
     """The bits that say conj and neg are torch's own: a file has none."""
+    files = Files(MemoryBackend())
     tensor = finite(60, 70, dtype=dtype)
     entries: list[Entry] = [tensor.conj(), tensor.conj().t(), tensor.conj()[::2, 3:], tensor.conj().imag]
     assert entries[0].is_conj()
@@ -155,6 +156,8 @@ def test_conjugate_and_negative_views_are_written_resolved(ring: Ring, files: Fi
     [
         (torch.float32, torch.bfloat16),
         (torch.float32, torch.float16),
+        (torch.float16, torch.bfloat16),
+        (torch.int32, torch.float32),
         (torch.float64, torch.float32),
         (torch.float32, torch.float8_e4m3fn),
         (torch.float32, torch.float8_e5m2),
@@ -169,8 +172,9 @@ def test_conjugate_and_negative_views_are_written_resolved(ring: Ring, files: Fi
     ],
     ids=str,
 )
-def test_a_cast_gives_what_torch_gives(ring: Ring, files: Files, source: torch.dtype, target: torch.dtype) -> None:
+def test_a_cast_gives_what_torch_gives(ring: Ring, source: torch.dtype, target: torch.dtype) -> None:
     """Narrowing and widening, of tensors within a slab and across slabs, contiguous and not."""
+    files = Files(MemoryBackend())
     big = finite(60, 70, dtype=source)
     if source == torch.float8_e4m3fn:
         big.view(torch.uint8)[big.isnan()] = 1
@@ -521,14 +525,17 @@ def test_destinations_of_any_strides_are_filled_and_nothing_beside_them(
         (torch.int64, torch.int32),
         (torch.complex64, torch.complex128),
         (torch.uint16, torch.float32),
+        (torch.bfloat16, torch.float16),
+        (torch.float32, torch.int32),
     ],
     ids=str,
 )
-def test_a_cast_on_load_gives_what_copy_gives(
-    ring: Ring, files: Files, stored_dtype: torch.dtype, dtype: torch.dtype
-) -> None:
+def test_a_cast_on_load_gives_what_copy_gives(ring: Ring, stored_dtype: torch.dtype, dtype: torch.dtype) -> None:
     """Whole tensors, columns of them, and transposed destinations."""
+    files = Files(MemoryBackend())
     stored = finite(50, 70, dtype=stored_dtype)
+    if dtype == torch.int32:
+        stored = stored.clamp(-1e6, 1e6)  # beyond its range a cast to an integer is undefined
     if stored_dtype == torch.float8_e5m2:
         stored.view(torch.uint8)[stored.isnan()] = 1
     put_payloads(files, [stored], before=9)
@@ -863,16 +870,21 @@ def layouts(draw: st.DrawFn) -> torch.Tensor:
 @settings(deadline=None, max_examples=60)
 @given(
     tensors=st.lists(layouts(), min_size=1, max_size=5),
-    lanes=st.integers(1, 3),
-    threads=st.integers(1, 3),
-    nblocks=st.integers(1, 3),
+    ring=st.builds(
+        Ring,
+        executor=st.sampled_from(sorted(EXECUTORS)),
+        lanes=st.integers(1, 3),
+        threads=st.integers(1, 3),
+        slab_nbytes=st.sampled_from([4096, 8192, 12288]),
+    ),
+    alignment_nbytes=st.sampled_from([1, 4096]),
     data=st.data(),
 )
 def test_boxes_of_saved_tensors_load_as_they_were(
-    tensors: list[torch.Tensor], lanes: int, threads: int, nblocks: int, data: st.DataObject
+    tensors: list[torch.Tensor], ring: Ring, alignment_nbytes: int, data: st.DataObject
 ) -> None:
     """Any layouts in, any boxes out, into destinations of any strides: bit for bit, checksums included."""
-    ring, files = Ring("cpu", lanes, threads, nblocks * 4096), Files(MemoryBackend())
+    files = Files(MemoryBackend(alignment_nbytes=alignment_nbytes))
     check_save(ring, files, tensors)
     plan, _ = save_of(tensors, slab_nbytes=ring.slab_nbytes)
     requests, checks, expected, target = [], [], {}, Target({})

@@ -299,6 +299,14 @@ def test_a_clean_up_removes_what_it_is_told_and_left_over_temporary_metadata(
     assert calls.count("fsync .") == 1
 
 
+def test_a_rank_that_saves_by_itself_leaves_the_others_temporary_metadata(tmp_path: Path) -> None:
+    """They may be in the middle of their own commits."""
+    for rank in (None, 0, 1, 11):
+        (tmp_path / f"{metadata_file_name(rank)}.tmp").touch()
+    remove_files(str(tmp_path), [], fsync=True, rank=1)
+    assert sorted(os.listdir(tmp_path)) == [".metadata.tmp", "__0.metadata.tmp", "__11.metadata.tmp"]
+
+
 def test_a_clean_up_with_nothing_to_do_does_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No fsync for a directory that did not change."""
     (tmp_path / "config.json").touch()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gpudcp
-from gpudcp.errors import PlanError, UnsafeCheckpointError
+from gpudcp.errors import CorruptCheckpointError, PlanError, UnsafeCheckpointError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning"),
@@ -249,6 +250,30 @@ def test_a_wrapper_subclass_is_never_packed(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"two: a TwoTensor wraps other tensors and has no memory of its own"):
         gpudcp.save({"two": two}, tmp_path, planner=dcp.DefaultSavePlanner())
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_subclass_with_memory_is_packed_as_its_memory_under_torchs_planner(tmp_path: Path) -> None:
+    """Which describes it as a box: its values are saved, and go into what the loading side has."""
+    gpudcp.save({"weight": VALUES.t().as_subclass(Tagged)}, tmp_path, planner=dcp.DefaultSavePlanner())
+    for load in (dcp.load, gpudcp.load):
+        found: dict[str, Any] = {"weight": torch.zeros(4, 4).as_subclass(Tagged)}
+        load(found, checkpoint_id=tmp_path)
+        assert type(found["weight"]) is Tagged
+        assert interop_cases.differences(VALUES.t(), found["weight"].as_subclass(torch.Tensor)) == []
+
+
+def test_a_quantized_tensor_of_another_shape_than_the_metadata_says_is_corrupt(tmp_path: Path) -> None:
+    """The item that torch.load reads whole is checked too."""
+    dcp.save({"weight": per_tensor(torch.qint8, 0.25, 3)}, checkpoint_id=tmp_path)
+    metadata = dcp.FileSystemReader(tmp_path).read_metadata()
+    described: Any = metadata.state_dict_metadata["weight"]
+    described.size = described.chunks[0].sizes = torch.Size([8, 4])
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    larger = torch.quantize_per_tensor(torch.zeros(8, 4), 1, 0, torch.qint8)
+    with pytest.raises(
+        CorruptCheckpointError, match=r"weight: the file holds shape \(4, 4\), its read item has \(8, 4\)"
+    ):
+        gpudcp.load({"weight": larger}, tmp_path)
 
 
 def test_a_meta_tensor_is_refused_by_name(tmp_path: Path) -> None:

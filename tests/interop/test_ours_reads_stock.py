@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -213,6 +216,32 @@ def test_a_flipped_bit_is_found_in_what_torch_load_reads(tmp_path: Path, kind: s
     with pytest.raises(CorruptCheckpointError, match=r"value.*CRC-32"):
         gpudcp.load({"value": blank}, tmp_path)
     gpudcp.load({"value": blank}, tmp_path, options=gpudcp.Options(verify="off"))
+
+
+def test_a_checkpoint_of_a_machine_with_the_other_byte_order_is_read(tmp_path: Path) -> None:
+    """Its archives say so, and torch.load swaps the bytes."""
+    weight = interop_cases.numbers(4, 5)
+    save_by_stock({"weight": weight}, tmp_path)
+    path = tmp_path / "__0_0.distcp"
+    rewritten = io.BytesIO()
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(rewritten, "w") as target:
+        for name in source.namelist():
+            data = source.read(name)
+            if name.endswith("byteorder"):
+                data = b"big" if sys.byteorder == "little" else b"little"
+            elif name.endswith("data/0"):
+                data = weight.numpy().byteswap().tobytes()
+            target.writestr(name, data)
+    path.write_bytes(rewritten.getvalue())
+    metadata: Metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    (record,) = metadata.storage_data.values()
+    record.length = path.stat().st_size
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+    for load in (dcp.load, gpudcp.load):
+        found = {"weight": torch.zeros(4, 5)}
+        load(found, checkpoint_id=tmp_path)
+        assert torch.equal(found["weight"], weight)
 
 
 def test_a_file_that_is_no_archive_is_corrupt(tmp_path: Path) -> None:

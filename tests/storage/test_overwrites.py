@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from storage_cases import LOCK, data_files, is_same, load, metadata_of, names, state_of
+from storage_cases import LOCK, data_files, is_same, load, metadata_of, names, record_of, rewrite_metadata, state_of
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import WriteItem
 
@@ -177,6 +177,14 @@ def test_an_overwrite_removes_the_old_files_of_stock(tmp_path: Path, is_single: 
     assert is_same(load(tmp_path), state_of(2.0))
 
 
+def test_files_of_a_stock_save_that_died_are_left(tmp_path: Path) -> None:
+    """They have no save id, and no metadata says whose they are."""
+    (tmp_path / "__0_0.distcp").write_bytes(b"half")
+    gpudcp.save(state_of(1.0), tmp_path)
+    assert (tmp_path / "__0_0.distcp").read_bytes() == b"half"
+    assert is_same(load(tmp_path), state_of(1.0))
+
+
 def test_stock_overwrites_what_gpudcp_saved_and_gpudcp_cleans_up_after_it(checkpoint: Path) -> None:
     """Our files, named by no metadata any more, are left by stock and go with our next save."""
     with pytest.warns(UserWarning, match="Detected an existing checkpoint"):
@@ -251,6 +259,19 @@ def test_an_unreadable_old_metadata_does_not_stop_a_save(checkpoint: Path) -> No
     gpudcp.save(state_of(2.0), checkpoint)
     assert len(data_files(checkpoint)) == 1
     assert is_same(load(checkpoint), state_of(2.0))
+
+
+@pytest.mark.parametrize("path", [None, ["a", "list"], "../../victim/__0_0.distcp", "/tmp/__0_0.distcp", 5])
+def test_an_old_metadata_that_names_odd_files_is_replaced(tmp_path: Path, path: Any) -> None:
+    """Only names of data files in the directory are cleaned up after."""
+    directory, victim = tmp_path / "deep" / "checkpoint", tmp_path / "victim" / "__0_0.distcp"
+    victim.parent.mkdir()
+    victim.write_bytes(b"not ours")
+    dcp.save(state_of(1.0), checkpoint_id=directory)
+    rewrite_metadata(directory, lambda metadata: setattr(record_of(metadata, "note"), "relative_path", path))
+    gpudcp.save(state_of(2.0), directory)
+    assert is_same(load(directory), state_of(2.0))
+    assert victim.exists()
 
 
 def test_a_malicious_old_metadata_runs_nothing(tmp_path: Path) -> None:

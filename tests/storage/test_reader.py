@@ -734,6 +734,12 @@ def test_a_reader_that_was_not_set_up_says_so(checkpoint: Path) -> None:
 
 
 def test_only_paths_on_mounted_file_systems_are_valid(tmp_path: Path) -> None:
-    """torch asks this of checkpoint ids."""
+    """torch asks this of checkpoint ids; a URL is refused."""
     assert GpuStorageReader.validate_checkpoint_id(tmp_path)
     assert not GpuStorageReader.validate_checkpoint_id("gs://bucket/key")
+    for ask in (
+        lambda: gpudcp.load({}, "gs://bucket/key"),
+        lambda: GpuStorageReader(tmp_path).reset("gs://bucket/key"),
+    ):
+        with pytest.raises(PlanError, match=r"^gs://bucket/key: .*FsspecReader"):
+            ask()

@@ -210,11 +210,20 @@ def test_writers_pickle_before_their_first_use(tmp_path: Path) -> None:
     assert LOCK not in names(tmp_path / "two")
 
 
-def test_only_paths_on_mounted_file_systems_are_valid(tmp_path: Path) -> None:
-    """torch asks this of checkpoint ids."""
+def test_only_paths_on_mounted_file_systems_are_valid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch asks this of checkpoint ids; a URL is refused, and is no directory of that name."""
+    monkeypatch.chdir(tmp_path)
     assert GpuStorageWriter.validate_checkpoint_id(tmp_path)
     assert GpuStorageWriter.validate_checkpoint_id("relative/path")
     assert not GpuStorageWriter.validate_checkpoint_id("s3://bucket/key")
+    for ask in (
+        lambda: gpudcp.save(state_of(1.0), "s3://bucket/key"),
+        lambda: GpuStorageWriter("s3://bucket/key"),
+        lambda: GpuStorageWriter(tmp_path).reset("s3://bucket/key"),
+    ):
+        with pytest.raises(PlanError, match=r"^s3://bucket/key: .*FsspecWriter"):
+            ask()
+    assert names(tmp_path) == set()
 
 
 def in_a_thread(act: Callable[[], Any]) -> Any:

@@ -16,11 +16,11 @@ from gpudcp.report import Stopwatch
 class SaveSource(Protocol):
     """Gives the tensors of a save, by position of their write item."""
 
-    def resolve(self, position: int) -> torch.Tensor:
-        """A tensor of the chunk's sizes, of the item's dtype or one that the executor casts to it. Called once each.
+    keeps_memory: bool
+    """Whether a tensor's memory stays as it is until `Executor.save` returns; else only until the next `resolve`."""
 
-        Its memory may be read, and must stay as it is, until `Executor.save` returns.
-        """
+    def resolve(self, position: int) -> torch.Tensor:
+        """A tensor of the chunk's sizes, of the item's dtype or one that the executor casts to it. Called once each."""
 
 
 class LoadTarget(Protocol):

@@ -97,7 +97,8 @@ class CpuExecutor:
                 crc = packer.put_small(envelope, tensor.data_ptr(), has_checksum=self._has_checksum)
             else:
                 packer.put_bytes(envelope.prefix)
-                crc = packer.put_memory(tensor, 0 if self._has_checksum else None)
+                crc = 0 if self._has_checksum else None
+                crc = (packer.put_straight if source.keeps_memory else packer.put_memory)(tensor, crc)
                 packer.put_bytes(envelope.suffix_with(crc or 0))
             crcs.append(crc)
         packer.skip_to(file.nbytes)
@@ -205,8 +206,6 @@ class _Packer:
     def put_memory(self, tensor: torch.Tensor, crc: int | None) -> int | None:
         """The bytes of a plain tensor; returns their CRC-32 appended to what gave ``crc``."""
         address, nbytes = tensor.data_ptr(), tensor.nbytes
-        if self._writer.alignment_nbytes == 1 and nbytes >= STRAIGHT_NBYTES:
-            return self._put_straight(tensor, crc)
         while nbytes:
             count = min(nbytes, self._usable(), _CACHED_NBYTES)
             ctypes.memmove(self._slab.address + self._fill, address, count)
@@ -217,7 +216,10 @@ class _Packer:
             nbytes -= count
         return crc
 
-    def _put_straight(self, tensor: torch.Tensor, crc: int | None) -> int | None:
+    def put_straight(self, tensor: torch.Tensor, crc: int | None) -> int | None:
+        """As `put_memory`, for memory that stays as it is: past the slabs, where it is large and the file allows it."""
+        if self._writer.alignment_nbytes > 1 or tensor.nbytes < STRAIGHT_NBYTES:
+            return self.put_memory(tensor, crc)
         memory = _memory_at(tensor.data_ptr(), tensor.nbytes)
         cursor = self._start + self._fill
         if self._fill > self._packed_from:

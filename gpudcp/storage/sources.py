@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner as TorchSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 
 from gpudcp.errors import PlanError, UnsafeCheckpointError
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, widens_exactly
 from gpudcp.formats.objects import DumpedObject, unsafe_reason
 from gpudcp.options import Options
+from gpudcp.planners import DefaultSavePlanner
 
 
 def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Options) -> dict[int, bytes]:
@@ -64,6 +66,7 @@ class PlannerSource:
         resolve_source = _usable_resolve_source(planner)
         self._may_narrow = resolve_source is not None
         self._ask: Callable[[WriteItem], object] = resolve_source or planner.resolve_data
+        self.keeps_memory = _resolves_to_the_state_dict(planner)
 
     def resolve(self, position: int) -> torch.Tensor:
         """The tensor of a write item.
@@ -108,6 +111,18 @@ def _with_memory(tensor: torch.Tensor, fqn: str) -> torch.Tensor:
             "gpudcp.DefaultSavePlanner saves it as an object"
         )
     return _with_memory(tensor.as_subclass(torch.Tensor), fqn)
+
+
+def _resolves_to_the_state_dict(planner: SavePlanner) -> bool:
+    """Whether what the planner resolves is memory of the caller's own tensors, which no later call writes to.
+
+    Other planners may cast or gather into a buffer that they use again for the next item.
+    """
+    known = (DefaultSavePlanner, TorchSavePlanner)
+    return all(
+        getattr(type(planner), name, None) in [getattr(each, name) for each in known]
+        for name in ("resolve_data", "lookup_object", "transform_object")
+    )
 
 
 def _usable_resolve_source(planner: SavePlanner) -> Callable[[WriteItem], torch.Tensor] | None:

@@ -344,6 +344,7 @@ def test_columns_are_read_as_one_run_or_one_by_one_as_the_gap_says(
         assert [(read.byte_offset, read.nbytes) for read in plan.reads] == [
             (4096 + row * 1000 + 300, 100) for row in range(10, 30)
         ]
+    assert all(len(read.chunks) == 1 for read in plan.reads)
 
 
 def test_a_covering_run_longer_than_a_slab_is_cut_between_rows() -> None:
@@ -390,6 +391,16 @@ def test_a_tensor_larger_than_a_slab_is_cut_into_reads_that_tile_it() -> None:
         assert read.byte_offset == end
         end += read.nbytes
     assert end == 4096 + stored.payload_nbytes
+
+
+def test_a_transposed_tensor_is_cut_along_its_outermost_dimension_in_memory() -> None:
+    """Not along its first one, which would make a chunk of every element."""
+    stored = row_major((300, 1000), torch.int16)._replace(sizes=(1000, 300), strides=(1, 1000))
+    plan = plan_of(stored.request(0, (0, 0), (1000, 300)), slab_nbytes=1 << 16)
+    assert [(read.byte_offset - 4096, read.nbytes) for read in plan.reads] == [
+        (number * 64_000, min(64_000, 600_000 - number * 64_000)) for number in range(10)
+    ]
+    assert [[chunk.lengths for chunk in read.chunks] for read in plan.reads] == [[(1000, 32)]] * 9 + [[(1000, 12)]]
 
 
 def test_files_are_read_one_after_the_other_in_the_order_of_their_names() -> None:

@@ -236,6 +236,7 @@ class Source:
 
     tensors: dict[int, torch.Tensor]
     resolved: list[int] = field(default_factory=list)
+    keeps_memory: bool = True
 
     def resolve(self, position: int) -> torch.Tensor:
         assert position not in self.resolved, "a position is resolved once"

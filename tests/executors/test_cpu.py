@@ -97,6 +97,8 @@ def test_the_slabs_of_one_file_are_gone_before_the_next_ones_are_made(slabs: typ
     source = plans[0][1]
 
     class SameSource:
+        keeps_memory = True
+
         def resolve(self, position: int) -> torch.Tensor:
             return source.tensors[position]
 
@@ -137,6 +139,24 @@ def test_large_plain_memory_is_written_as_it_is_where_the_file_takes_any_alignme
     assert max(call.nbytes for call in straight) == 128 << 10
 
 
+def test_a_buffer_that_is_used_again_for_the_next_tensor_is_not_written_as_it_is() -> None:
+    """A planner may resolve into one scratch buffer: its memory is good until the next call alone."""
+    tensors = [random_tensor(300, 1000, seed=seed) for seed in range(6)]
+    plan, source = save_of(tensors, slab_nbytes=128 << 10)
+    scratch = torch.empty_like(tensors[0])
+
+    class Scratch:
+        keeps_memory = False
+
+        def resolve(self, position: int) -> torch.Tensor:
+            return scratch.copy_(tensors[position])
+
+    files = Files(MemoryBackend(alignment_nbytes=1))
+    files.on_call = lambda call: threading.Event().wait(0.005) if call.kind == "write" else None
+    executor_of(lanes=3).save(plan, Scratch(), files.open_writer, Stopwatch())
+    assert files.content("file") == naive_file(plan.files[0], source)[0]
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_memory_that_is_written_as_it_is_stays_alive_until_then_and_no_longer(lanes: int) -> None:
     """A planner may resolve to tensors that nobody else holds: a ring of them is alive, and the one at hand."""
@@ -147,6 +167,8 @@ def test_memory_that_is_written_as_it_is_stays_alive_until_then_and_no_longer(la
         alive -= 1
 
     class Fleeting:
+        keeps_memory = True
+
         def resolve(self, position: int) -> torch.Tensor:
             nonlocal alive, most_alive
             alive += 1

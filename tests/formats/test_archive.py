@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -284,11 +285,66 @@ def test_a_payload_too_short_for_its_description_is_corrupt() -> None:
         parse(data)
 
 
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_payload_may_end_with_its_last_element_and_not_a_byte_before(is_transposed: bool) -> None:
+    """The extent of the strides decides, to the byte."""
+    tensor = torch.arange(6, dtype=torch.int16).reshape(2, 3)
+    data = saved(tensor.T if is_transposed else tensor)
+    payload = record_of(data, "data/0")
+    assert parse(rezipped(data, {"data/0": payload})) is not None
+    assert parse(rezipped(data, {"data/0": payload + b"more"})) is not None
+    with pytest.raises(CorruptCheckpointError, match="needs 12 bytes, data/0 has 11"):
+        parse(rezipped(data, {"data/0": payload[:-1]}))
+
+
 def test_an_error_names_the_file_the_tensor_and_the_place() -> None:
     """What a reader of the message needs to find the damage."""
     with pytest.raises(CorruptCheckpointError, match=r"some file: some\.key: .* at byte 7, length 100") as caught:
         parse(bytes(100), before=7)
     assert (caught.value.path, caught.value.fqn) == ("some file", "some.key")  # type: ignore[attr-defined]
+
+
+def with_directory_field(data: bytes, name: str, field_offset: int, form: str, *values: int) -> bytes:
+    """The archive with a field of one record's directory entry overwritten."""
+    entry = data.rindex(b"archive/" + name.encode()) - 46
+    assert data[entry : entry + 4] == b"PK\x01\x02"
+    edited = bytearray(data)
+    struct.pack_into(form, edited, entry + field_offset, *values)
+    return bytes(edited)
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder", "data/0"])
+def test_a_record_that_runs_out_of_its_archive_is_corrupt(name: str) -> None:
+    """Its size, or its place: a directory may say anything, and nothing outside the item is read."""
+    data = saved(large())
+    for broken in (
+        with_directory_field(data, name, 20, "<II", len(data), len(data)),
+        with_directory_field(data, name, 42, "<I", len(data) - 29),
+        with_directory_field(data, name, 42, "<I", len(data) + 5000),
+    ):
+        with pytest.raises(CorruptCheckpointError):
+            parse(broken)
+        check(broken)
+
+
+@pytest.mark.parametrize("field_offset", [28, 30, 32], ids=["name", "extra", "comment"])
+def test_a_directory_entry_that_runs_out_of_its_directory_is_corrupt(field_offset: int) -> None:
+    """The last entry: nothing after it would notice."""
+    data = saved(large())
+    last = ".data/serialization_id"
+    with pytest.raises(CorruptCheckpointError, match="a directory entry beyond the directory"):
+        parse(with_directory_field(data, last, field_offset, "<H", 200))
+
+
+def test_a_tensor_in_another_storage_is_left_to_torch() -> None:
+    """The payload is data/0; a description that names data/1 must not be given data/0's bytes."""
+    data = saved(torch.arange(4.0))
+    forged = record_of(data, "data.pkl").replace(b"X\x01\x00\x00\x000", b"X\x01\x00\x00\x001")
+    buffer = io.BytesIO(rezipped(data, {"data.pkl": forged}))
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.writestr("archive/data/1", struct.pack("<4f", 9, 8, 7, 6))
+    assert torch.load(io.BytesIO(buffer.getvalue()), weights_only=True).tolist() == [9, 8, 7, 6]
+    assert parse(buffer.getvalue()) is None
 
 
 def literal(value: object) -> bytes:

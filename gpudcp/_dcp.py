@@ -68,6 +68,8 @@ def item_extras(info: StorageInfo) -> ItemExtras:
     if type(values) is not tuple or len(values) != 3:
         raise ValueError(f"{values!r} are no item extras")
     payload_offset, dtype, crc32 = values
+    if type(payload_offset) is type(crc32) is int and payload_offset >= 0 <= crc32 and type(dtype) is torch.dtype:
+        return ItemExtras(payload_offset, dtype, crc32)  # nearly always
     for number in (payload_offset, crc32):
         if not (number is None or (type(number) is int and number >= 0)):
             raise ValueError(f"{values!r} are no item extras")

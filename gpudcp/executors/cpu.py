@@ -7,7 +7,7 @@ is the slabs, whatever the model's size. Tensors on a device are copied piece by
 from __future__ import annotations
 
 import ctypes
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -381,11 +381,8 @@ class _Destinations:
     def __init__(self, plan: LoadChunkPlan, target: LoadTarget) -> None:
         self._target = target
         self._resolved: dict[int, torch.Tensor] = {}
-        self._missing: dict[int, int] = {}
+        self._missing = Counter([chunk.position for read in plan.reads for chunk in read.chunks])
         self._filled: list[int] = []
-        for read in plan.reads:
-            for chunk in read.chunks:
-                self._missing[chunk.position] = self._missing.get(chunk.position, 0) + 1
 
     def straight_view(self, read: SlabRead) -> memoryview | None:
         """The destination's own memory, if the read's bytes can go there as they are."""
@@ -427,14 +424,12 @@ class _Destinations:
 
 
 def _box(tensor: torch.Tensor, chunk: ChunkRead) -> torch.Tensor:
-    if tensor.shape == chunk.lengths:
-        return tensor
     return tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.lengths, strict=True))]
 
 
 def _unpack(slab: HostSlab, slab_offset: int, chunk: ChunkRead, tensor: torch.Tensor) -> None:
-    box = _box(tensor, chunk)
     dtype = chunk.dtype
+    box = tensor if tensor.shape == chunk.lengths else _box(tensor, chunk)
     if chunk.is_dense and _is_plain_memory(box, dtype):
         ctypes.memmove(box.data_ptr(), slab.address + slab_offset, chunk.nbytes)
         return

@@ -244,14 +244,14 @@ class _Needs:
         places = [stored.find(item.storage_index) for item in items]
         # In file order, so that envelopes are read in passing.
         order = sorted(range(len(items)), key=lambda position: places[position][1:3])
-        window: Window | None = None
+        path, window = "", None
         for position in order:
             place = places[position]
-            file = files.get(place.path)
-            check_range(place, file)
-            if window is None or window.file is not file:
+            if window is None or place.path != path:
+                path = place.path
                 self.envelope_nbytes += 0 if window is None else window.nbytes
-                window = Window(file)
+                window = Window(files.get(path))
+            check_range(place, window.file)
             self._add(position, items[position], place, stored, window)
         self.envelope_nbytes += 0 if window is None else window.nbytes
 

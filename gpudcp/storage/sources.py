@@ -27,7 +27,7 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
     literals: dict[int, bytes] = {}
     unsafe: dict[str, tuple[str, str]] = {}
     for position, item in enumerate(items):
-        if item.type == WriteItemType.BYTE_IO:
+        if item.type is WriteItemType.BYTE_IO:
             data = planner.resolve_data(item)
             if not isinstance(data, io.BytesIO):
                 raise PlanError(

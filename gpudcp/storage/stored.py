@@ -16,6 +16,7 @@ from gpudcp.boxes import row_major_strides
 from gpudcp.errors import CorruptCheckpointError, MissingKeyError, PlanError, TransferError, UnsafeCheckpointError
 from gpudcp.files.posix import PosixReader
 from gpudcp.formats.archive import StoredTensor, read_stored_tensor
+from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
 
 
 class StoredItem(NamedTuple):
@@ -66,7 +67,7 @@ class StoredItems:
         try:
             path, start, nbytes = info.relative_path, info.offset, info.length
             extras = item_extras(info)
-            transforms = tuple(info.transform_descriptors or ())
+            transforms = () if info.transform_descriptors is None else tuple(info.transform_descriptors)
         except (AttributeError, TypeError, ValueError) as err:
             raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: {err}", fqn=index.fqn) from None
         if not (type(path) is str and type(start) is type(nbytes) is int and start >= 0 and nbytes >= 0):
@@ -138,6 +139,10 @@ def stored_tensor(item: StoredItem, sizes: tuple[int, ...], window: Window) -> S
                 fqn=item.fqn,
             )
         return None if found is None or found.is_conj or found.is_neg else found
+    if not is_savable(dtype) or dtype in QUANTIZED_DTYPES:
+        raise CorruptCheckpointError(
+            f"{path}: {item.fqn}: the metadata speaks of a payload of {dtype}, which has none", path=path, fqn=item.fqn
+        )
     numel, strides = _row_major(sizes)
     nbytes = numel * dtype.itemsize
     if offset < item.byte_offset or offset + nbytes > item.byte_offset + item.nbytes:

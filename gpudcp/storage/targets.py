@@ -33,7 +33,11 @@ class PlannerTarget:
         Raises:
             PlanError: the planner resolved to something of another shape, or to no dense tensor.
         """
-        tensor = _destination(self._items[position], self._planner)
+        item = self._items[position]
+        tensor = self._planner.resolve_tensor(item)
+        if type(tensor) is torch.Tensor and tensor.shape == item.lengths and _is_plain(tensor):
+            return tensor  # nearly always; below, every way in which it can be otherwise
+        tensor = _checked_destination(item, tensor)
         if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
             return tensor
         self._wrappers[position] = tensor
@@ -46,8 +50,11 @@ class PlannerTarget:
         self._planner.commit_tensor(self._items[position], tensor)
 
 
-def _destination(item: ReadItem, planner: LoadPlanner) -> torch.Tensor:
-    tensor = planner.resolve_tensor(item)
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.requires_grad or tensor.is_meta)
+
+
+def _checked_destination(item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
     # Not where it is not needed: copy_ gives a quantized tensor its new scale, and would give it to the detached one.
     if tensor.requires_grad:
         tensor = tensor.detach()
@@ -101,7 +108,7 @@ def load_whole_item(
             path=file.path,
             fqn=stored.fqn,
         )
-    destination = _destination(item, planner)
+    destination = _checked_destination(item, planner.resolve_tensor(item))
     try:
         destination.copy_(box)
     except RuntimeError as err:

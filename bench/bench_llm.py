@@ -13,7 +13,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench import cache
 from bench.measure import Contender, Timings, compare
 from bench.peers import GPUDCP, GPUDCP_UNVERIFIED, PEERS, STOCK, STOCKS, DcpPeer, Peer
-from bench.places import empty_directory, need_cold_reads, need_room
+from bench.places import empty_directory, need_cold_reads, need_room, touch_free_memory
 from bench.raw import RawMemory
 from bench.results import Suite, in_words
 from bench.sizes import Sizes
@@ -45,10 +45,14 @@ def test_saving_a_model(
     torch.cat([tensor.view(-1).view(torch.uint8) for tensor in tensors.values()], out=memory.tensor)
     target = place / "save"
 
+    def ready() -> None:
+        empty_directory(target)
+        touch_free_memory(count_nbytes(tensors) * 5 // 4)
+
     def raw(name: str, *, is_direct: bool) -> Contender:
         return Contender(
             name=name,
-            prepare=lambda: empty_directory(target),
+            prepare=ready,
             run=lambda: memory.write(target / "raw", is_direct=is_direct),
             check=lambda: memory.check_holds([target / "raw"]),
         )
@@ -63,7 +67,7 @@ def test_saving_a_model(
 
         return Contender(
             name=peer.name,
-            prepare=lambda: empty_directory(target),
+            prepare=ready,
             run=lambda: peer.save(tensors, target),
             check=check,
         )

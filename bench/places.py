@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import shutil
 from pathlib import Path
@@ -18,6 +19,17 @@ def empty_directory(path: Path) -> Path:
     path.mkdir(parents=True)
     os.sync()
     return path
+
+
+def touch_free_memory(nbytes: int) -> None:
+    """Use as much free memory once, and give it back.
+
+    A virtual machine returns free memory to its host, which takes it back page by page, at a tenth of the speed and for
+    whoever has the next turn. After this, every contender that fills pages finds them there.
+    """
+    with mmap.mmap(-1, nbytes) as memory:
+        for start in range(0, nbytes, mmap.PAGESIZE):
+            memory[start] = 1
 
 
 def need_cold_reads(path: Path) -> None:

@@ -123,7 +123,7 @@ class CpuExecutor:
                     crcs = done.future.result()
                 checksums.add(done.read.segments, crcs)
                 with stopwatch.phase("unpack"):
-                    destinations.fill(done.read, done.slab if done.straight is None else None)
+                    destinations.fill(done.read, done.slab)
                     if checksums.are_settled:
                         destinations.commit_filled()
                 if done.slab is not None:
@@ -134,13 +134,18 @@ class CpuExecutor:
                     if len(in_flight) == self._lanes:
                         finish_oldest()
                     with stopwatch.phase("resolve"):
-                        straight = destinations.straight_view(read) if read.is_straight else None
-                    slab, into = None, straight
-                    if into is None:
+                        address = destinations.straight_address(read) if read.is_straight else None
+                    slab = None
+                    if address is not None:
+                        # Destinations may share memory, as tied weights do: the read that comes last is to win.
+                        while any(earlier.overlaps(address, read.nbytes) for earlier in in_flight):
+                            finish_oldest()
+                        into = _memory_at(address, read.nbytes)
+                    else:
                         slab = slabs.pop()
                         into = slab.view[: read.nbytes]
                     future = pool.submit(_read_and_checksum, open_file(read.path), read, into)
-                    in_flight.append(_ReadInFlight(read, slab, straight, future))
+                    in_flight.append(_ReadInFlight(read, slab, address, future))
                 while in_flight:
                     finish_oldest()
             finally:
@@ -324,8 +329,15 @@ def _memory_at(address: int, nbytes: int) -> memoryview:
 class _ReadInFlight(NamedTuple):
     read: SlabRead
     slab: HostSlab | None
-    straight: memoryview | None
+    address: int | None
+    """Where it goes, if that is the destination itself."""
     future: Future[list[int]]
+
+    def overlaps(self, address: int, nbytes: int) -> bool:
+        """Whether it goes straight to some of these bytes of memory."""
+        return (
+            self.address is not None and self.address < address + nbytes and address < self.address + self.read.nbytes
+        )
 
 
 def _read_and_checksum(file: FileReader, read: SlabRead, into: memoryview) -> list[int]:
@@ -384,15 +396,15 @@ class _Destinations:
         self._missing = Counter([chunk.position for read in plan.reads for chunk in read.chunks])
         self._filled: list[int] = []
 
-    def straight_view(self, read: SlabRead) -> memoryview | None:
-        """The destination's own memory, if the read's bytes can go there as they are."""
+    def straight_address(self, read: SlabRead) -> int | None:
+        """The address of the destination's own memory, if the read's bytes can go there as they are."""
         chunk = read.chunks[0]
         if chunk.position == NO_DESTINATION:
             return None
         box = _box(self._tensor(chunk.position), chunk)
         if not _is_plain_memory(box, chunk.dtype):
             return None
-        return _memory_at(box.data_ptr(), read.nbytes)
+        return box.data_ptr()
 
     def fill(self, read: SlabRead, slab: HostSlab | None) -> None:
         """The read is done: unpack it if it went into a slab."""

@@ -142,6 +142,13 @@ class DirectoryLock:
         # At exit the kernel frees the lock.
         self.release.atexit = False
 
+    @property
+    def is_of_another_thread(self) -> bool:
+        """Whether a thread that still runs, and not this one, holds the directory."""
+        if not self.release.alive or self._thread == threading.get_ident():
+            return False
+        return any(thread.ident == self._thread for thread in threading.enumerate())
+
     @classmethod
     def acquire(cls, directory: str) -> DirectoryLock:
         """Hold the directory until ``release()``.

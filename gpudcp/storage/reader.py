@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
@@ -49,8 +49,8 @@ class GpuStorageReader(StorageReader):
 
     Use it as ``gpudcp.load(..., storage_reader=reader)`` or ``dcp.load(..., storage_reader=reader)``.
 
-    A load that fails has changed some of the tensors it was given, and nothing else: treat the state dict as lost, and
-    load again.
+    A load that fails has changed some of the tensors it was given, and perhaps some objects inside nested dicts: treat
+    the state dict as lost, and load again.
 
     Args:
         path: the checkpoint's directory.
@@ -145,7 +145,7 @@ class GpuStorageReader(StorageReader):
         """Open what the items need; where a file is gone because a newer save committed, what its metadata names."""
         stored = StoredItems(self._known_metadata(), self.path)
         try:
-            self._files.open(stored.paths(items))
+            self._open_needed(stored, items)
         except CheckpointNotFoundError as missing:
             newer = self._read_metadata()
             if _save_id(newer) == _save_id(self._known_metadata()):
@@ -157,10 +157,16 @@ class GpuStorageReader(StorageReader):
             stored = StoredItems(newer, self.path)
             self._files.open(stored.paths(items))
 
+    def _open_needed(self, stored: StoredItems, items: Sequence[ReadItem]) -> None:
+        try:
+            self._files.open(stored.likely_paths(items))
+        except CheckpointNotFoundError:
+            self._files.open(stored.paths(items))
+
     def _check_same_shapes(self, newer: Metadata, items: Sequence[ReadItem], missing: Exception) -> None:
         planned = self._known_metadata().state_dict_metadata
         for fqn in {item.storage_index.fqn for item in items}:
-            if newer.state_dict_metadata.get(fqn) != planned[fqn]:
+            if newer.state_dict_metadata.get(fqn) != planned.get(fqn):
                 raise CheckpointBusyError(
                     f"{self.path}: a newer checkpoint was committed during this load, and {fqn} is sharded otherwise "
                     "in it; load again"
@@ -188,13 +194,14 @@ class GpuStorageReader(StorageReader):
         stopwatch = Stopwatch()
         executor, reason = choose_executor(self.options)
         stored = StoredItems(self._known_metadata(), self.path)
-        self._files.open(stored.paths(plan.items))
+        self._open_needed(stored, plan.items)
         with stopwatch.phase("plan"):
             needs = _Needs(plan.items, stored, self._files, self.options)
             chunk_plan = needs.chunk_plan()
         executor.load(chunk_plan, PlannerTarget(plan.items, planner), self._files.get, stopwatch)
         with stopwatch.phase("objects"):
-            for position, item in needs.whole_items:
+            # Objects last: replacing them is what a failure should find undone.
+            for position, item in sorted(needs.whole_items, key=lambda each: is_object(plan.items[each[0]])):
                 load_whole_item(plan.items[position], item, self._files.get(item.path), planner, self.options)
         whole_nbytes = sum(item.nbytes for _, item in needs.whole_items)
         self.report = TransferReport(
@@ -260,12 +267,13 @@ class _Needs:
         return len(self._checks)
 
     def _add(self, position: int, item: ReadItem, place: StoredItem, stored: StoredItems, window: Window) -> None:
-        if is_object(item) or place.transforms:
+        if item.type is LoadItemType.BYTE_IO or place.transforms:
             self.whole_items.append((position, place))
             return
         sizes = stored.chunk_sizes(item.storage_index)
         lengths = item.lengths
-        check_box(item, sizes)
+        if lengths != sizes or any(item.storage_offsets) or len(item.storage_offsets) != len(sizes):
+            check_box(item, sizes)
         tensor = stored_tensor(place, sizes, window)
         if tensor is None:
             self.whole_items.append((position, place))
@@ -308,8 +316,8 @@ class _OpenFiles:
 
     def open(self, paths: set[str]) -> None:
         """Open them all, as far as the process's limit on open files allows; the rest is opened when it is needed."""
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
-        for path in sorted(paths)[:limit]:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        for path in sorted(paths) if limit == resource.RLIM_INFINITY else sorted(paths)[: limit // 2]:
             if path not in self._kept:
                 self._kept[path] = self._opened(path)
 

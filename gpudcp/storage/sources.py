@@ -39,8 +39,13 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
             if (refusal := unsafe_reason(value, literals[position])) is not None:
                 unsafe[item.index.fqn] = refusal
         elif item.tensor_data is not None and item.tensor_data.properties.dtype in QUANTIZED_DTYPES:
+            tensor = planner.resolve_data(item)
+            if not isinstance(tensor, torch.Tensor):
+                raise PlanError(f"{item.index.fqn}: a tensor item resolved to a {type(tensor).__name__}")
+            if tensor.untyped_storage().nbytes() != tensor.nbytes:
+                tensor = tensor.clone()  # torch.save writes the whole storage that a view is of
             buffer = io.BytesIO()
-            torch.save(planner.resolve_data(item), buffer)
+            torch.save(tensor, buffer)
             literals[position] = buffer.getvalue()
     if unsafe:
         _report_unsafe(unsafe, options)

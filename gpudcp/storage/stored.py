@@ -8,6 +8,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
@@ -44,6 +45,10 @@ class StoredItems:
 
     def paths(self, items: Sequence[ReadItem]) -> set[str]:
         """The files, relative to the directory, that these items need."""
+        return {self.find(item.storage_index).path for item in items}
+
+    def likely_paths(self, items: Sequence[ReadItem]) -> set[str]:
+        """The same, found at once where there are as many items as records: it may name files that are not needed."""
         records = self._records
         if len(records) == len(items):  # a load of everything, most of the time
             found = {getattr(info, "relative_path", None) for info in records.values()}
@@ -51,7 +56,7 @@ class StoredItems:
                 for path in found:
                     self._check_inside(str(path), "")
                 return {str(path) for path in found}
-        return {self.find(item.storage_index).path for item in items}
+        return self.paths(items)
 
     def find(self, index: MetadataIndex) -> StoredItem:
         """The item's place.
@@ -139,12 +144,11 @@ def stored_tensor(item: StoredItem, sizes: tuple[int, ...], window: Window) -> S
                 fqn=item.fqn,
             )
         return None if found is None or found.is_conj or found.is_neg else found
-    if not is_savable(dtype) or dtype in QUANTIZED_DTYPES:
+    nbytes, strides = _row_major(sizes, dtype)
+    if nbytes is None:
         raise CorruptCheckpointError(
             f"{path}: {item.fqn}: the metadata speaks of a payload of {dtype}, which has none", path=path, fqn=item.fqn
         )
-    numel, strides = _row_major(sizes)
-    nbytes = numel * dtype.itemsize
     if offset < item.byte_offset or offset + nbytes > item.byte_offset + item.nbytes:
         raise CorruptCheckpointError(
             f"{path}: {item.fqn}: a payload of {nbytes} bytes at byte {offset} lies outside its item, "
@@ -156,8 +160,10 @@ def stored_tensor(item: StoredItem, sizes: tuple[int, ...], window: Window) -> S
 
 
 @lru_cache(maxsize=4096)
-def _row_major(sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    return prod(sizes), row_major_strides(sizes)
+def _row_major(sizes: tuple[int, ...], dtype: torch.dtype) -> tuple[int | None, tuple[int, ...]]:
+    """Bytes and strides of a contiguous tensor; no bytes for dtypes that are never saved as a plain payload."""
+    is_plain = is_savable(dtype) and dtype not in QUANTIZED_DTYPES
+    return prod(sizes) * dtype.itemsize if is_plain else None, row_major_strides(sizes)
 
 
 def check_box(item: ReadItem, sizes: tuple[int, ...]) -> None:

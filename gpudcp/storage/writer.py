@@ -17,7 +17,7 @@ from torch.futures import Future
 from gpudcp.chunkplan.save import ChunkWrite, SaveChunkPlan, SaveFilePlan, plan_save
 from gpudcp.collector import collector_paused
 from gpudcp.columns import Int64, ItemRecords
-from gpudcp.errors import CheckpointExistsError, GpuDcpError, PlanError
+from gpudcp.errors import CheckpointBusyError, CheckpointExistsError, GpuDcpError, PlanError
 from gpudcp.executors.base import FileReceipt
 from gpudcp.executors.select import choose_executor
 from gpudcp.files.base import FileWriter
@@ -81,18 +81,26 @@ class GpuStorageWriter(StorageWriter):
         self._rank: int | None = None
         self._use_collectives = True
         self._save_id = ""
+        self._last_save_id = ""
+        self._written: list[str] = []
         self._lock: DirectoryLock | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Point the writer at another directory; without one nothing changes."""
+        self._check_idle()
         if checkpoint_id:
             self.path = directory_of(checkpoint_id)
+
+    def _check_idle(self) -> None:
+        if self._lock is not None and self._lock.is_of_another_thread:
+            raise CheckpointBusyError(f"{self.path}: this writer is saving in another thread; wait for that save")
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Make the directory and, on the coordinator, hold it until the save is committed."""
         self._rank = kwargs.get("rank")
         self._use_collectives = kwargs.get("use_collectives", True)
         self.report = None
+        self._check_idle()
         self.release()  # a save that failed where no hook told the writer so may still hold its directory
         make_directory(self.path, fsync=self.options.fsync)
         if is_coordinator:
@@ -165,6 +173,7 @@ class GpuStorageWriter(StorageWriter):
 
         receipts = executor.save(chunk_plan, PlannerSource(items, planner), open_file, stopwatch)
         records = _records(items, chunk_plan, receipts)
+        self._written = records.paths
         with stopwatch.phase("fsync"):
             if self.options.fsync:
                 fsync_directory(self.path)
@@ -186,9 +195,10 @@ class GpuStorageWriter(StorageWriter):
 
     def _unused_name(self, ticket: SaveTicket) -> str:
         """The data file's name. A planner that caches whole plans hands out the ticket of an earlier save."""
-        name = data_file_name(ticket.rank, 0, ticket.save_id)
-        while os.path.lexists(os.path.join(self.path, name)):
-            name = data_file_name(ticket.rank, 0, draw_save_id())
+        save_id = draw_save_id() if ticket.save_id == self._last_save_id else ticket.save_id
+        self._last_save_id = ticket.save_id
+        while os.path.lexists(os.path.join(self.path, name := data_file_name(ticket.rank, 0, save_id))):
+            save_id = draw_save_id()
         return name
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -206,6 +216,8 @@ class GpuStorageWriter(StorageWriter):
         metadata.storage_meta = self.storage_meta()
         rank = None if self._use_collectives else self._rank
         data = encode_metadata(metadata, records)
+        if lost := [name for name in self._written if not os.path.exists(os.path.join(self.path, name))]:
+            raise CheckpointBusyError(f"{self.path}: {', '.join(lost)} was removed before this save was committed")
         replaced = self._replaced_names(metadata_file_name(rank))
         replace_file(self.path, metadata_file_name(rank), data, fsync=self.options.fsync)
         self._clean_up(set(records.paths), replaced, rank)
@@ -243,7 +255,7 @@ class GpuStorageWriter(StorageWriter):
 
     def release(self) -> None:
         """Let the directory go. Safe to call at any time; a save that was not committed leaves the old checkpoint."""
-        if self._lock is not None:
+        if self._lock is not None and not self._lock.is_of_another_thread:
             self._lock.release()
             self._lock = None
 

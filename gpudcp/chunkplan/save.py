@@ -13,6 +13,9 @@ from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import is_savable
 from gpudcp.formats.envelope import Envelope, envelope_at
 
+FULL_FILE_NBYTES = 64 << 20
+"""Each file of several has about this much at least: a save below it is not worth a second one."""
+
 
 class ChunkWrite(NamedTuple):
     """One chunk of one tensor: an envelope around its elements, row-major, in the file's dtype."""
@@ -86,36 +89,52 @@ class SaveChunkPlan:
 
 
 def plan_save(
-    items: Sequence[WriteItem], literals: Mapping[int, bytes], *, path: str, slab_nbytes: int
+    items: Sequence[WriteItem], literals: Mapping[int, bytes], *, paths: Sequence[str], slab_nbytes: int
 ) -> SaveChunkPlan:
-    """Lay the items one after the other into one file, each payload aligned; no items, no file.
+    """Lay the items into files, one after the other, each payload aligned; no items, no file.
+
+    An item goes to the file with the fewest bytes; another file is begun when each of those begun has
+    `FULL_FILE_NBYTES`, so that small saves make one file.
 
     Args:
         items: what to write; tensor items give the chunk's sizes and the file's dtype.
         literals: ready bytes by position in ``items``, for those that are not tensor chunks.
-        path: the file's, relative to the checkpoint's directory.
+        paths: of as many files as may be made, relative to the checkpoint's directory.
         slab_nbytes: bytes of one slab, a multiple of 4096.
 
     Raises:
         PlanError: an item has neither literal bytes nor a tensor's description, or a dtype that stock DCP cannot save.
     """
-    writes: list[ChunkWrite | LiteralWrite] = []
-    cursor = 0
+    files: list[list[ChunkWrite | LiteralWrite]] = [[]]
+    cursors = [0]
+    number, cursor = 0, 0
     for position, item in enumerate(items):
         if position in literals:
             data = literals[position]
-            writes.append(LiteralWrite(position, cursor, len(data), data))
+            files[number].append(LiteralWrite(position, cursor, len(data), data))
             cursor += len(data)
-            continue
-        dtype, sizes = _described(item)
-        envelope = envelope_at(cursor, dtype, sizes)
-        payload_offset = cursor + len(envelope.prefix)
-        end = payload_offset + envelope.payload_nbytes + len(envelope.suffix)
-        writes.append(ChunkWrite(position, cursor, end - cursor, payload_offset, envelope, dtype, sizes))
-        cursor = end
-    if not writes:
-        return SaveChunkPlan(files=())
-    return SaveChunkPlan(files=(SaveFilePlan(path=path, nbytes=cursor, slab_nbytes=slab_nbytes, writes=tuple(writes)),))
+        else:
+            dtype, sizes = _described(item)
+            envelope = envelope_at(cursor, dtype, sizes)
+            payload_offset = cursor + len(envelope.prefix)
+            end = payload_offset + envelope.payload_nbytes + len(envelope.suffix)
+            files[number].append(ChunkWrite(position, cursor, end - cursor, payload_offset, envelope, dtype, sizes))
+            cursor = end
+        if cursor >= FULL_FILE_NBYTES and len(paths) > 1:
+            cursors[number] = cursor
+            if len(files) < len(paths) and min(cursors) >= FULL_FILE_NBYTES:
+                files.append([])
+                cursors.append(0)
+            cursor = min(cursors)
+            number = cursors.index(cursor)
+    cursors[number] = cursor
+    return SaveChunkPlan(
+        files=tuple(
+            SaveFilePlan(path=path, nbytes=nbytes, slab_nbytes=slab_nbytes, writes=tuple(writes))
+            for path, nbytes, writes in zip(paths, cursors, files, strict=False)
+            if writes
+        )
+    )
 
 
 def _described(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:

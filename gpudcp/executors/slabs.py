@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 
+_HUGE_PAGE_NBYTES = 2 << 20
+
 
 class HostSlab:
-    """One page-aligned host buffer: as a memoryview, as a flat uint8 tensor, and as an address."""
+    """One page-aligned host buffer: as a memoryview, as a flat uint8 tensor, and as an address.
+
+    On huge pages where the kernel has them: a direct write of 4 MiB then is a handful of segments instead of a
+    thousand (measured on one ext4 disk: 0.98x of a raw O_DIRECT write instead of 0.83x; see bench/results).
+    """
 
     __slots__ = ("address", "nbytes", "tensor", "view")
 
     def __init__(self, nbytes: int) -> None:
-        memory = mmap.mmap(-1, nbytes)
+        is_huge = nbytes >= _HUGE_PAGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE")
+        # Address space for the alignment: untouched, so it takes no memory.
+        mapped_nbytes = nbytes + _HUGE_PAGE_NBYTES if is_huge else nbytes
+        memory = mmap.mmap(-1, mapped_nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if is_huge:
+            with suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        mapped = torch.frombuffer(memory, dtype=torch.uint8)
+        start = -mapped.data_ptr() % _HUGE_PAGE_NBYTES if is_huge else 0
         self.nbytes = nbytes
-        self.view = memoryview(memory)
-        self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
+        self.view = memoryview(memory)[start : start + nbytes]
+        self.tensor = mapped[start : start + nbytes]
         self.address = self.tensor.data_ptr()

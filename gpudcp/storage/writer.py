@@ -164,8 +164,10 @@ class GpuStorageWriter(StorageWriter):
         with stopwatch.phase("objects"):
             literals = literal_data(items, planner, self.options)
         with stopwatch.phase("plan"):
-            name = self._unused_name(plan.storage_data)
-            chunk_plan = plan_save(items, literals, path=name, slab_nbytes=self.options.slab_nbytes)
+            # Writes through the page cache to one file wait for each other, so every thread gets a file of its own.
+            nfiles = 1 if choice.is_direct else max(1, min(self.options.threads, self.options.lanes // 2))
+            names = self._unused_names(plan.storage_data, nfiles)
+            chunk_plan = plan_save(items, literals, paths=names, slab_nbytes=self.options.slab_nbytes)
 
         def open_file(file: SaveFilePlan) -> FileWriter:
             path = os.path.join(self.path, file.path)
@@ -193,13 +195,15 @@ class GpuStorageWriter(StorageWriter):
         _logger.info("%s", self.report)
         return WriteResults(records)
 
-    def _unused_name(self, ticket: SaveTicket) -> str:
-        """The data file's name. A planner that caches whole plans hands out the ticket of an earlier save."""
+    def _unused_names(self, ticket: SaveTicket, nfiles: int) -> list[str]:
+        """The data files' names. A planner that caches whole plans hands out the ticket of an earlier save."""
         save_id = draw_save_id() if ticket.save_id == self._last_save_id else ticket.save_id
         self._last_save_id = ticket.save_id
-        while os.path.lexists(os.path.join(self.path, name := data_file_name(ticket.rank, 0, save_id))):
+        while True:
+            names = [data_file_name(ticket.rank, number, save_id) for number in range(nfiles)]
+            if not any(os.path.lexists(os.path.join(self.path, name)) for name in names):
+                return names
             save_id = draw_save_id()
-        return name
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: everything is on stable storage, so name it, then remove what the old checkpoint alone named."""

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from gpudcp.chunkplan import save
 from gpudcp.chunkplan.save import ChunkWrite, LiteralWrite, SaveChunkPlan, SaveFilePlan, plan_save
 from gpudcp.errors import PlanError
 from gpudcp.formats.checksum import crc32
@@ -42,7 +43,7 @@ def object_item(fqn: str) -> WriteItem:
 
 
 def plan(items: list[WriteItem], literals: dict[int, bytes], slab_nbytes: int = SLAB_NBYTES) -> SaveChunkPlan:
-    return plan_save(items, literals, path="__0_0_ab.distcp", slab_nbytes=slab_nbytes)
+    return plan_save(items, literals, paths=["__0_0_ab.distcp"], slab_nbytes=slab_nbytes)
 
 
 def payload_of(write: ChunkWrite) -> bytes:
@@ -239,3 +240,22 @@ def test_writes_beyond_the_end_of_their_file_are_no_plan() -> None:
     """A file is written whole, and has no room for more."""
     with pytest.raises(PlanError, match=r"^some path: items need 14 bytes, the file has 13$"):
         SaveFilePlan(path="some path", nbytes=13, slab_nbytes=4096, writes=(literal(0, 10, 4),))
+
+
+def test_several_files_grow_at_one_pace_and_none_is_begun_for_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next item goes to the file with the fewest bytes; a file more is begun when each has its full size."""
+    monkeypatch.setattr(save, "FULL_FILE_NBYTES", 100_000)
+    items = [tensor_item(str(number), torch.uint8, (30_000,)) for number in range(40)]
+
+    def files_of(count: int, npaths: int) -> list[SaveFilePlan]:
+        paths = [f"file {number}" for number in range(npaths)]
+        return list(plan_save(items[:count], {}, paths=paths, slab_nbytes=SLAB_NBYTES).files)
+
+    assert [len(file.writes) for file in files_of(3, 3)] == [3]
+    assert [len(file.writes) for file in files_of(4, 3)] == [4]
+    assert [len(file.writes) for file in files_of(5, 3)] == [4, 1]
+    assert [len(file.writes) for file in files_of(40, 1)] == [40]
+    full = files_of(40, 3)
+    assert [file.path for file in full] == ["file 0", "file 1", "file 2"]
+    assert sorted(write.position for file in full for write in file.writes) == list(range(40))
+    assert max(file.nbytes for file in full) - min(file.nbytes for file in full) <= 35_000

@@ -263,7 +263,7 @@ def save_of(entries: Sequence[Entry], *, slab_nbytes: int, path: str = "file") -
             size=tensor.shape,
         )
         items.append(WriteItem(index=index, type=WriteItemType.TENSOR, tensor_data=data))
-    return plan_save(items, literals, path=path, slab_nbytes=slab_nbytes), Source(tensors)
+    return plan_save(items, literals, paths=[path], slab_nbytes=slab_nbytes), Source(tensors)
 
 
 def naive_file(plan: SaveFilePlan, source: Source, *, has_checksum: bool = True) -> tuple[bytes, list[int | None]]:

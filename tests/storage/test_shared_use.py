@@ -77,7 +77,7 @@ def test_a_ticket_that_comes_again_gives_another_name(tmp_path: Path) -> None:
     """A planner that caches plans hands out old tickets; a reader two saves behind must find no new bytes there."""
     writer = gpudcp.GpuStorageWriter(tmp_path)
     ticket = SaveTicket(rank=0, save_id="0123456789abcdef")
-    names = {writer._unused_name(ticket) for _ in range(3)}
+    names = {tuple(writer._unused_names(ticket, 2)) for _ in range(3)}
     assert len(names) == 3
 
 

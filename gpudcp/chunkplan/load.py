@@ -7,6 +7,7 @@ of Python and of a device's latency, move at 1.6 GB/s, a cold read of one local 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -235,30 +236,29 @@ def _with_segments(
     """Give each read its segments, for those checks whose payload lies within the union of the reads."""
     covered: list[PayloadCheck] = []
     segments: list[list[Segment]] = [[] for _ in reads]
+    ends = [(read.path, read.byte_offset + read.nbytes) for read in reads]
     first = 0
     for check in sorted(checks):
-        while first < len(reads) and _ends_before(reads[first], check):
-            first += 1
+        path, cursor, nbytes, _, _ = check
+        first = bisect_right(ends, (path, cursor), lo=first)
+        end = cursor + nbytes
         found: list[tuple[int, Segment]] = []
-        cursor, end = check.payload_offset, check.payload_offset + check.payload_nbytes
         for number in range(first, len(reads)):
-            read = reads[number]
-            if cursor == end or read.path != check.path or read.byte_offset > cursor:
+            read_path, read_start, read_nbytes, _, _, _ = reads[number]
+            if read_path != path or read_start > cursor:
                 break
-            stop = min(end, read.byte_offset + read.nbytes)
+            stop = min(end, read_start + read_nbytes)
             if stop > cursor:
-                found.append((number, Segment(len(covered), cursor - read.byte_offset, stop - cursor)))
+                found.append((number, Segment(len(covered), cursor - read_start, stop - cursor)))
                 cursor = stop
+            if cursor == end:
+                break
         if cursor == end:
             covered.append(check)
             for number, segment in found:
                 segments[number].append(segment)
     with_segments = (read._replace(segments=tuple(own)) for read, own in zip(reads, segments, strict=True))
     return tuple(with_segments), tuple(covered)
-
-
-def _ends_before(read: SlabRead, check: PayloadCheck) -> bool:
-    return (read.path, read.byte_offset + read.nbytes) <= (check.path, check.payload_offset)
 
 
 def whole_payload_request(check: PayloadCheck) -> ReadRequest:

@@ -16,10 +16,7 @@ _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16:
 def is_plain_memory(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether the tensor's bytes, from its address on, are what a file of this dtype holds."""
     return (
-        tensor.dtype == dtype
-        and tensor.device.type == "cpu"
-        and tensor.is_contiguous()
-        and not (tensor.is_conj() or tensor.is_neg())
+        tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous() and not (tensor.is_conj() or tensor.is_neg())
     )
 
 

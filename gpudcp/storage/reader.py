@@ -245,9 +245,11 @@ class _Needs:
         self.whole_items: list[tuple[int, StoredItem]] = []
         self.payload_nbytes = 0
         self.envelope_nbytes = 0
+        self.npayloads = 0
         self._options = options
         self._requests: list[ReadRequest] = []
-        self._checks: dict[tuple[str, int], PayloadCheck | None] = {}
+        self._checks: list[PayloadCheck] = []
+        self._last_payload = ("", -1)
         places = [stored.find(item.storage_index) for item in items]
         # In file order, so that envelopes are read in passing.
         order = sorted(range(len(items)), key=lambda position: places[position][1:3])
@@ -261,10 +263,6 @@ class _Needs:
             check_range(place, window.file)
             self._add(position, items[position], place, stored, window)
         self.envelope_nbytes += 0 if window is None else window.nbytes
-
-    @property
-    def npayloads(self) -> int:
-        return len(self._checks)
 
     def _add(self, position: int, item: ReadItem, place: StoredItem, stored: StoredItems, window: Window) -> None:
         if item.type is LoadItemType.BYTE_IO or place.transforms:
@@ -284,14 +282,15 @@ class _Needs:
             ReadRequest(position, path, payload_offset, dtype, strides, storage_offset, item.storage_offsets, lengths)
         )
         self.payload_nbytes += lengths.numel() * dtype.itemsize
-        if payload_nbytes and (path, payload_offset) not in self._checks:
-            check = PayloadCheck(path, payload_offset, payload_nbytes, crc, place.fqn) if crc is not None else None
-            self._checks[path, payload_offset] = check
+        # Items of one payload follow each other, in file order.
+        if payload_nbytes and (payload_offset != self._last_payload[1] or path != self._last_payload[0]):
+            self._last_payload = (path, payload_offset)
+            self.npayloads += 1
+            if crc is not None:
+                self._checks.append(PayloadCheck(path, payload_offset, payload_nbytes, crc, place.fqn))
 
     def chunk_plan(self) -> LoadChunkPlan:
-        checks = [check for check in self._checks.values() if check is not None]
-        if self._options.verify == "off":
-            checks = []
+        checks = [] if self._options.verify == "off" else self._checks
         plan = self._plan(self._requests, checks)
         if self._options.verify == "full" and (unchecked := set(checks).difference(plan.checks)):
             plan = self._plan([*self._requests, *map(whole_payload_request, sorted(unchecked))], checks)

@@ -6,13 +6,20 @@ Tried with torch 2.13.0. A torch whose private names changed fails here with one
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
-from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors as flatten_sharded_tensors
+from torch.distributed.checkpoint._traverse import set_element, traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from gpudcp.errors import PlanError
 
 __all__ = [
     "ExtensionRegistry",
@@ -20,7 +27,12 @@ __all__ = [
     "ShardedTensor",
     "StorageInfo",
     "StreamTransformExtension",
+    "dtensor_parts",
+    "flatten_as_torch_2_3",
+    "flatten_sharded_tensors",
+    "flatten_state_dict",
     "item_extras",
+    "local_box",
     "set_element",
     "storage_info",
 ]
@@ -33,6 +45,49 @@ if [field.name for field in dataclasses.fields(StorageInfo)] != _EXPECTED_FIELDS
         f"{[field.name for field in dataclasses.fields(StorageInfo)]}, this gpudcp knows {_EXPECTED_FIELDS}; "
         "upgrade gpudcp, or use a torch that it names in its README"
     )
+
+
+def local_box(tensor: DTensor) -> tuple[torch.Size, torch.Size] | None:
+    """Offsets and sizes, in elements, of what this rank holds of a DTensor; None on a rank outside of its mesh.
+
+    Raises:
+        PlanError: it holds rows that do not lie side by side: torch gives the box of the first ones and their number.
+    """
+    mesh, placements = tensor.device_mesh, tensor.placements
+    if mesh.get_coordinate() is None:
+        return None
+    for dim, placement in enumerate(placements):
+        # A strided shard, which FSDP makes of what is sharded already; the shards to its right put it right again.
+        factor = getattr(placement, "split_factor", 1)
+        to_the_right = [
+            mesh.size(other)
+            for other in range(dim + 1, len(placements))
+            if getattr(placements[other], "dim", None) == getattr(placement, "dim", None)
+        ]
+        if mesh.size(dim) > 1 and factor not in (1, prod(to_the_right)):
+            raise PlanError(
+                f"a DTensor with placements {placements} on a mesh of {mesh.shape}: no box describes a shard"
+            )
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+    return torch.Size(offsets), torch.Size(sizes)
+
+
+def dtensor_parts(tensor: DTensor) -> tuple[torch.Tensor, Any]:
+    """This rank's local tensor, and the spec, without the autograd function that ``to_local`` is."""
+    return tensor._local_tensor, tensor._spec
+
+
+def flatten_as_torch_2_3(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+    """`flatten_state_dict` as torch 2.3 and before had it: dicts without tensors stay whole."""
+    flat: dict[str, Any] = {}
+    paths: dict[str, tuple[Any, ...]] = {}
+
+    def visit(path: tuple[Any, ...], value: Any) -> None:
+        fqn = ".".join(map(str, path))
+        flat[fqn], paths[fqn] = value, path
+
+    traverse_state_dict_v_2_3(state_dict, visit)
+    return flat, paths
 
 
 class ItemExtras(NamedTuple):

@@ -90,7 +90,7 @@ def test_the_options_reach_the_writer_the_reader_and_the_planner(tmp_path: Path)
 def test_a_save_returns_what_the_checkpoint_says(tmp_path: Path) -> None:
     """torch's Metadata, equal to the one on disk but for what a reader adds to it."""
     metadata = gpudcp.save({"a": {"b": torch.ones(2, 3)}, "n": 1}, tmp_path)
-    assert type(metadata) is Metadata
+    assert isinstance(metadata, Metadata)
     on_disk = dcp.FileSystemReader(tmp_path).read_metadata()
     assert metadata.state_dict_metadata == on_disk.state_dict_metadata
     assert metadata.planner_data == on_disk.planner_data == {"a.b": ("a", "b"), "n": ("n",)}

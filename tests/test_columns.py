@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from gpudcp._dcp import ItemExtras, StorageInfo, item_extras, storage_info
-from gpudcp.columns import ItemRecords
+from gpudcp.columns import Indices, ItemRecords
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e5m2]
 
@@ -39,7 +39,7 @@ def columns_of(rows: list[Row], first: int, extra_paths: list[str]) -> ItemRecor
         return np.array(values, dtype=np.int64)
 
     return ItemRecords(
-        indices=[MetadataIndex(f"item {first + number}") for number in range(len(rows))],
+        indices=Indices.of(MetadataIndex(f"item {first + number}") for number in range(len(rows))),
         paths=paths,
         path_ids=column([paths.index(row.path) for row in rows]),
         byte_offsets=column([row.byte_offset for row in rows]),

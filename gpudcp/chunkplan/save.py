@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch.distributed.checkpoint.planner import WriteItem
 
+from gpudcp.columns import NONE
 from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import is_savable
 from gpudcp.formats.envelope import Envelope, envelope_at
+from gpudcp.views import WriteItems
 
 FULL_FILE_NBYTES = 64 << 20
 """Each file of several has about this much at least: a save below it is not worth a second one."""
@@ -108,13 +110,13 @@ def plan_save(
     files: list[list[ChunkWrite | LiteralWrite]] = [[]]
     cursors = [0]
     number, cursor = 0, 0
-    for position, item in enumerate(items):
-        if position in literals:
+    for position, described in enumerate(_described(items, literals)):
+        if described is None:
             data = literals[position]
             files[number].append(LiteralWrite(position, cursor, len(data), data))
             cursor += len(data)
         else:
-            dtype, sizes = _described(item)
+            dtype, sizes = described
             envelope = envelope_at(cursor, dtype, sizes)
             payload_offset = cursor + len(envelope.prefix)
             end = payload_offset + envelope.payload_nbytes + len(envelope.suffix)
@@ -137,7 +139,32 @@ def plan_save(
     )
 
 
-def _described(item: WriteItem) -> tuple[torch.dtype, tuple[int, ...]]:
+_Described = tuple[torch.dtype, tuple[int, ...]]
+
+
+def _described(items: Sequence[WriteItem], literals: Mapping[int, bytes]) -> Iterable[_Described | None]:
+    """Dtype and sizes of each item's chunk; None where there are ready bytes."""
+    columns = items.columns if isinstance(items, WriteItems) else None
+    if columns is None:
+        return [None if position in literals else _described_item(item) for position, item in enumerate(items)]
+    templates = columns.templates
+    table: list[_Described | None] = [
+        None if property_id == NONE else (templates.properties[property_id].dtype, tuple(lengths[:ndim]))
+        for (_, property_id, ndim), lengths in zip(
+            templates.heads.tolist(), templates.boxes[:, 2].tolist(), strict=True
+        )
+    ]
+    unsavable = {each.dtype for each in templates.properties if not is_savable(each.dtype)}
+    described = [table[number] for number in columns.template_ids.tolist()]
+    for position, each in enumerate(described):
+        if (each is None or each[0] in unsavable) and position not in literals:
+            _described_item(items[position])
+    for position in literals:
+        described[position] = None
+    return described
+
+
+def _described_item(item: WriteItem) -> _Described:
     if item.tensor_data is None or item.tensor_data.chunk is None:
         raise PlanError(f"{item.index.fqn}: the write item has no tensor_data with a chunk, and no bytes were resolved")
     dtype = item.tensor_data.properties.dtype

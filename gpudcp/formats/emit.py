@@ -13,7 +13,7 @@ import pickle
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from gpudcp._dcp import StorageInfo
-from gpudcp.columns import ItemRecords
+from gpudcp.columns import NONE, CheckpointColumns, ItemRecords, distinct_rows, properties_key
+from gpudcp.views import ColumnMetadata
 
 _GET = b"j"  # LONG_BINGET, then the memo index as 4 bytes
 _INT = b"\x8a\x08"  # LONG1, then 8 bytes, two's complement
@@ -48,9 +49,63 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
 
     Returns None for a Metadata with values that only a pickler knows how to write.
     """
-    if type(metadata) is not Metadata or type(metadata.planner_data) not in (dict, type(None)):
-        return None
     if not _all_are((metadata.version, metadata.storage_meta), str, StorageMeta, type(None)):
+        return None
+    entries = _entries_of(metadata)
+    if entries is None:
+        return None
+    names = dict.fromkeys(entries.names)
+    names.update(dict.fromkeys(records.indices.names.fqns))
+    if not _all_are(names, str):
+        return None
+    sizes = entries.sizes  # one object for all equal ones: what the memo knows them by
+    record_offsets = _unified(records.indices.offsets, sizes)
+
+    shared: list[Any] = [list(sizes), entries.states, _WORDS, _CLASSES, records.paths, records.dtypes]
+    shared += [metadata.storage_meta, metadata.version]
+    memo = _Memo(shared, list(names), None if metadata.planner_data is None else dict(metadata.planner_data))
+    emitter = _Emitter(memo)
+    body = b"".join(
+        (
+            emitter.get(Metadata) + _NEW + _STATE,
+            emitter.get_word("state_dict_metadata") + b"}",
+            emitter.entries(entries),
+            emitter.get_word("planner_data") + memo.planner_data,
+            emitter.get_word("storage_data") + b"}",
+            emitter.records(records, record_offsets),
+            emitter.get_word("storage_meta") + emitter.get_or_none(metadata.storage_meta),
+            emitter.get_word("version") + emitter.get_or_none(metadata.version) + _BUILD,
+            b".",
+        )
+    )
+    # A frame, because a file object without peek() is otherwise read opcode by opcode.
+    return memo.pickled + b"\x95" + len(body).to_bytes(8, "little") + body
+
+
+class _Entries(NamedTuple):
+    """``state_dict_metadata`` as columns: tables of what is shared, and numbers into them."""
+
+    names: Sequence[str]
+    is_tensor: NDArray[np.bool_]
+    sizes: dict[torch.Size, torch.Size]
+    states: list[Any]
+    """Of TensorProperties."""
+    state_ids: Column
+    """Of each tensor."""
+    tensor_sizes: list[torch.Size]
+    tensor_size_ids: Column
+    counts: Column
+    """Chunks of each tensor."""
+    chunk_offsets: list[torch.Size]
+    chunk_sizes: list[torch.Size]
+    chunk_ids: Column
+    """Of each chunk, into both tables."""
+
+
+def _entries_of(metadata: Metadata) -> _Entries | None:
+    if isinstance(metadata, ColumnMetadata) and metadata.is_unchanged:
+        return _entries_of_columns(metadata.columns)
+    if type(metadata) is not Metadata or type(metadata.planner_data) not in (dict, type(None)):
         return None
     values = list(metadata.state_dict_metadata.values())
     if not _all_are(values, TensorStorageMetadata, BytesStorageMetadata):
@@ -66,39 +121,55 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
     found_sizes = map(attrgetter("size"), tensors), map(attrgetter("offsets"), chunks), map(attrgetter("sizes"), chunks)
     if not _all_are(chain(*found_sizes), torch.Size):
         return None
-    names = dict.fromkeys(metadata.state_dict_metadata)
-    names.update(dict.fromkeys(map(attrgetter("fqn"), records.indices)))
-    if not _all_are(names, str):
-        return None
-
-    # One object for all equal ones: what the memo knows them by.
     sizes: dict[torch.Size, torch.Size] = {}
-    tensor_sizes = _unified(map(attrgetter("size"), tensors), sizes)
-    chunk_offsets = _unified(map(attrgetter("offsets"), chunks), sizes)
-    chunk_sizes = _unified(map(attrgetter("sizes"), chunks), sizes)
-    record_offsets = _unified(map(attrgetter("offset"), records.indices), sizes)
-    unique_states: dict[Any, Any] = {}
-    states = [_state_of(value.properties, unique_states) for value in tensors]
-
-    shared: list[Any] = [list(sizes), list(unique_states.values()), _WORDS, _CLASSES, records.paths, records.dtypes]
-    shared += [metadata.storage_meta, metadata.version]
-    memo = _Memo(shared, list(names), metadata.planner_data)
-    emitter = _Emitter(memo)
-    body = b"".join(
-        (
-            emitter.get(Metadata) + _NEW + _STATE,
-            emitter.get_word("state_dict_metadata") + b"}",
-            emitter.entries(metadata.state_dict_metadata, tensor_sizes, states, chunk_offsets, chunk_sizes, tensors),
-            emitter.get_word("planner_data") + memo.planner_data,
-            emitter.get_word("storage_data") + b"}",
-            emitter.records(records, record_offsets),
-            emitter.get_word("storage_meta") + emitter.get_or_none(metadata.storage_meta),
-            emitter.get_word("version") + emitter.get_or_none(metadata.version) + _BUILD,
-            b".",
-        )
+    numbers: dict[Any, int] = {}
+    states: list[Any] = []
+    return _Entries(
+        names=list(metadata.state_dict_metadata),
+        is_tensor=np.array([type(value) is TensorStorageMetadata for value in values], dtype=bool),
+        sizes=sizes,
+        states=states,
+        state_ids=np.array([_state_number(tensor.properties, numbers, states) for tensor in tensors], dtype=np.int64),
+        tensor_sizes=_unified(map(attrgetter("size"), tensors), sizes),
+        tensor_size_ids=np.arange(len(tensors)),
+        counts=np.array([len(tensor.chunks) for tensor in tensors], dtype=np.int64),
+        chunk_offsets=_unified(map(attrgetter("offsets"), chunks), sizes),
+        chunk_sizes=_unified(map(attrgetter("sizes"), chunks), sizes),
+        chunk_ids=np.arange(len(chunks)),
     )
-    # A frame, because a file object without peek() is otherwise read opcode by opcode.
-    return memo.pickled + b"\x95" + len(body).to_bytes(8, "little") + body
+
+
+def _entries_of_columns(columns: CheckpointColumns) -> _Entries:
+    is_tensor = columns.property_ids != NONE
+    entries = np.nonzero(is_tensor)[0]
+    sizes: dict[torch.Size, torch.Size] = {}
+    numbers: dict[Any, int] = {}
+    states: list[Any] = []
+    state_ids = [_state_number(each, numbers, states) for each in columns.properties]
+    ndims = columns.ndims[entries]
+    counts = np.diff(columns.first_rows)[entries]
+    rows = np.repeat(columns.first_rows[entries] - (np.cumsum(counts) - counts), counts) + np.arange(int(counts.sum()))
+    # Boxes are padded: one box is another one for tensors of other dimensions.
+    row_ndims = np.repeat(ndims, counts).astype(np.int64)
+    keys = columns.row_boxes[rows].astype(np.int64) * (columns.boxes.shape[2] + 1) + row_ndims
+    used, chunk_ids = np.unique(keys, return_inverse=True)
+    boxes = columns.boxes[used // (columns.boxes.shape[2] + 1)].tolist()
+    used_ndims = (used % (columns.boxes.shape[2] + 1)).tolist()
+    size_keys = np.concatenate([ndims[:, None], columns.sizes[entries]], axis=1)
+    first, tensor_size_ids = distinct_rows(size_keys)
+    return _Entries(
+        names=columns.names.fqns,
+        is_tensor=is_tensor,
+        sizes=sizes,
+        states=states,
+        state_ids=np.array(state_ids, dtype=np.int64)[columns.property_ids[entries]] if state_ids else entries,
+        tensor_sizes=_unified((torch.Size(size[:ndim]) for ndim, *size in size_keys[first].tolist()), sizes),
+        tensor_size_ids=tensor_size_ids,
+        counts=counts,
+        chunk_offsets=_unified((torch.Size(box[0][:n]) for box, n in zip(boxes, used_ndims, strict=True)), sizes),
+        chunk_sizes=_unified((torch.Size(box[1][:n]) for box, n in zip(boxes, used_ndims, strict=True)), sizes),
+        chunk_ids=chunk_ids.reshape(-1),
+    )
 
 
 _WORDS = (
@@ -122,16 +193,12 @@ def _all_are(values: Iterable[Any], *types: type) -> bool:
     return set(map(type, values)) <= {*types}
 
 
-_PROPERTIES = attrgetter("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
-
-
-def _state_of(properties: TensorProperties, known: dict[Any, Any]) -> Any:
-    """The state that pickle asks these properties for, the same object for equal ones."""
-    key = _PROPERTIES(properties)
-    state = known.get(key)
-    if state is None:
-        state = known[key] = properties.__getstate__()  # type: ignore[no-untyped-call]
-    return state
+def _state_number(properties: TensorProperties, numbers: dict[Any, int], states: list[Any]) -> int:
+    """The number of the state that pickle asks these properties for, the same for equal ones."""
+    number = numbers.setdefault(properties_key(properties), len(states))
+    if number == len(states):
+        states.append(properties.__getstate__())  # type: ignore[no-untyped-call]
+    return number
 
 
 def _unified(found: Iterable[Any], known: dict[Any, Any]) -> list[Any]:
@@ -191,31 +258,23 @@ class _Emitter:
         """The memo indices of these objects."""
         return np.fromiter(map(self._memo.__getitem__, map(id, values)), dtype="<u4", count=len(values))
 
-    def entries(
-        self,
-        metadata: dict[str, Any],
-        sizes: list[Any],
-        states: list[Any],
-        chunk_offsets: list[Any],
-        chunk_sizes: list[Any],
-        tensors: list[TensorStorageMetadata],
-    ) -> bytes:
+    def entries(self, entries: _Entries) -> bytes:
         """The entries of ``state_dict_metadata``, in its order, for the dict below them."""
-        n = len(metadata)
-        is_tensor = np.fromiter((type(each) is TensorStorageMetadata for each in metadata.values()), bool, count=n)
-        keys = np.fromiter(map(self._numbers.__getitem__, metadata), dtype="<u4", count=n)
+        n, is_tensor, counts = len(entries.names), entries.is_tensor, entries.counts
+        keys = np.fromiter(map(self._numbers.__getitem__, entries.names), dtype="<u4", count=n)
         heads = _rows(
             _GET, keys[is_tensor], self.get(TensorStorageMetadata) + _NEW + _STATE,
-            self.get_word("properties") + self.get(TensorProperties) + _NEW + _GET, self.column(states), b"b",
-            self.get_word("size") + _GET, self.column(sizes), self.get_word("chunks") + b"]",
+            self.get_word("properties") + self.get(TensorProperties) + _NEW + _GET,
+            self.column(entries.states)[entries.state_ids], b"b",
+            self.get_word("size") + _GET, self.column(entries.tensor_sizes)[entries.tensor_size_ids],
+            self.get_word("chunks") + b"]",
         )  # fmt: skip
         chunks = _rows(
             self.get(ChunkStorageMetadata) + _NEW + _STATE,
-            self.get_word("offsets") + _GET, self.column(chunk_offsets),
-            self.get_word("sizes") + _GET, self.column(chunk_sizes), _BUILD + _APPEND,
+            self.get_word("offsets") + _GET, self.column(entries.chunk_offsets)[entries.chunk_ids],
+            self.get_word("sizes") + _GET, self.column(entries.chunk_sizes)[entries.chunk_ids], _BUILD + _APPEND,
         )  # fmt: skip
         objects = _rows(_GET, keys[~is_tensor], self.get(BytesStorageMetadata) + _NEW + _SET)
-        counts = np.fromiter((len(tensor.chunks) for tensor in tensors), dtype=np.int64, count=len(tensors))
         tail = np.frombuffer(_BUILD + _SET, dtype=np.uint8)
 
         lengths = np.full(n, objects.shape[1], dtype=np.int64)
@@ -224,7 +283,7 @@ class _Emitter:
         starts = (ends - lengths)[is_tensor]
         out = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
         first_chunk = starts + heads.shape[1]
-        within = np.arange(len(chunk_offsets)) - np.repeat(np.cumsum(counts) - counts, counts)
+        within = np.arange(len(entries.chunk_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
         _place(out, starts, heads)
         _place(out, np.repeat(first_chunk, counts) + within * chunks.shape[1], chunks)
         _place(out, first_chunk + counts * chunks.shape[1], np.broadcast_to(tail, (len(starts), len(tail))))
@@ -233,14 +292,15 @@ class _Emitter:
 
     def records(self, records: ItemRecords, offsets: list[Any]) -> bytes:
         """The entries of ``storage_data`` for the dict below them, those of one form after the other."""
-        n = len(records)
-        fqns = map(attrgetter("fqn"), records.indices)
-        keys = np.fromiter(map(self._numbers.__getitem__, fqns), dtype="<u4", count=n)
-        has_offset = np.fromiter((offset is not None for offset in offsets), dtype=bool, count=n)
-        offset_gets = self.column([records.paths if offset is None else offset for offset in offsets])
-        hints = [index.index for index in records.indices]
-        has_hint = np.fromiter((hint is not None for hint in hints), dtype=bool, count=n)
-        hint_values = np.fromiter((hint or 0 for hint in hints), dtype="<i8", count=n)
+        n, indices = len(records), records.indices
+        numbers = map(self._numbers.__getitem__, indices.names.fqns)
+        keys = np.fromiter(numbers, dtype="<u4", count=len(indices.names))[indices.name_ids]
+        # What has no offset takes any number: it is masked by the form of its record.
+        gets = self.column([records.paths if offset is None else offset for offset in offsets])
+        offset_gets = gets[indices.offset_ids]
+        has_offset = np.array([offset is not None for offset in offsets], dtype=bool)[indices.offset_ids]
+        has_hint = indices.hints != NONE
+        hint_values = indices.hints.astype("<i8")
         paths = self.column(records.paths)[records.path_ids]
         dtypes = self.column(records.dtypes)[records.dtype_ids] if records.dtypes else np.zeros(n, dtype="<u4")
         has_payload, has_crc = records.payload_offsets >= 0, records.crcs >= 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -22,6 +22,7 @@ from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import dtype_name
 from gpudcp.formats.emit import emit_metadata
+from gpudcp.views import ColumnMetadata
 
 FILE_NAME = ".metadata"
 VERSION = "1.0.0"
@@ -72,7 +73,8 @@ def encode_metadata(metadata: Metadata, records: ItemRecords) -> bytes:
     with collector_paused():
         data = emit_metadata(metadata, records)
         if data is None:
-            data = pickle.dumps(metadata)
+            plain = metadata.plain() if isinstance(metadata, ColumnMetadata) else metadata
+            data = pickle.dumps(replace(plain, storage_data=dict(metadata.storage_data)))
     return data + _TRAILER.pack(_MAGIC, len(data), crc32(data))
 
 

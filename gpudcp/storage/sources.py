@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner as TorchSavePlanner
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
@@ -15,6 +16,7 @@ from gpudcp.formats.dtypes import QUANTIZED_DTYPES, widens_exactly
 from gpudcp.formats.objects import DumpedObject, unsafe_reason
 from gpudcp.options import Options
 from gpudcp.planners import DefaultSavePlanner
+from gpudcp.views import WriteItems
 
 
 def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Options) -> dict[int, bytes]:
@@ -26,7 +28,7 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
     """
     literals: dict[int, bytes] = {}
     unsafe: dict[str, tuple[str, str]] = {}
-    for position, item in enumerate(items):
+    for position, item in _candidates(items):
         if item.type is WriteItemType.BYTE_IO:
             data = planner.resolve_data(item)
             if not isinstance(data, io.BytesIO):
@@ -52,6 +54,18 @@ def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Opti
     return literals
 
 
+def _candidates(items: Sequence[WriteItem]) -> Iterable[tuple[int, WriteItem]]:
+    """The items that may not be tensor chunks, and their positions."""
+    columns = items.columns if isinstance(items, WriteItems) else None
+    if columns is None:
+        return enumerate(items)
+    templates = columns.templates
+    is_quantized = np.array([each.dtype in QUANTIZED_DTYPES for each in templates.properties] + [True], dtype=bool)
+    # An object has no properties: their number is -1, which is the last of the table.
+    positions = np.nonzero(is_quantized[templates.property_ids][columns.template_ids])[0]
+    return ((position, items[position]) for position in positions.tolist())
+
+
 def _report_unsafe(unsafe: dict[str, tuple[str, str]], options: Options) -> None:
     named = "; ".join(f"{fqn}: {refused} ({reason})" for fqn, (refused, reason) in list(unsafe.items())[:10])
     message = (
@@ -68,6 +82,7 @@ class PlannerSource:
 
     def __init__(self, items: Sequence[WriteItem], planner: SavePlanner) -> None:
         self._items = items
+        self._tensors = _all_sources(items, planner)
         resolve_source = _usable_resolve_source(planner)
         self._may_narrow = resolve_source is not None
         self._ask: Callable[[WriteItem], object] = resolve_source or planner.resolve_data
@@ -79,6 +94,8 @@ class PlannerSource:
         Raises:
             PlanError: it does not have the item's shape or dtype, or no memory of its own.
         """
+        if self._tensors is not None and (known := self._tensors[position]) is not None:
+            return known
         item = self._items[position]
         tensor = self._ask(item)
         data = item.tensor_data
@@ -105,6 +122,20 @@ class PlannerSource:
         return _with_memory(tensor, item.index.fqn)
 
 
+def _all_sources(items: Sequence[WriteItem], planner: SavePlanner) -> list[torch.Tensor | None] | None:
+    """What our own planner resolves all items to; None for those that are asked for, and checked, one by one."""
+    columns = items.columns if isinstance(items, WriteItems) else None
+    names = ("resolve_data", "resolve_source", "lookup_object", "transform_object")
+    if columns is None or not isinstance(planner, DefaultSavePlanner):
+        return None
+    if not _are_untouched(planner, names, DefaultSavePlanner):
+        return None
+    return [
+        tensor if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta else None
+        for tensor in planner.resolve_sources(columns)
+    ]
+
+
 def _with_memory(tensor: torch.Tensor, fqn: str) -> torch.Tensor:
     if type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter:
         if not tensor.is_meta and tensor.layout is torch.strided:
@@ -123,21 +154,20 @@ def _resolves_to_the_state_dict(planner: SavePlanner) -> bool:
 
     Other planners may cast or gather into a buffer that they use again for the next item.
     """
-    known = (DefaultSavePlanner, TorchSavePlanner)
-    return all(
-        getattr(type(planner), name, None) in [getattr(each, name) for each in known]
-        for name in ("resolve_data", "lookup_object", "transform_object")
-    )
+    names = ("resolve_data", "lookup_object", "transform_object")
+    return any(_are_untouched(planner, names, each) for each in (DefaultSavePlanner, TorchSavePlanner))
+
+
+def _are_untouched(planner: SavePlanner, names: Sequence[str], owner: type) -> bool:
+    """Whether these methods are ``owner``'s: overridden neither by a subclass nor on the planner itself."""
+    kind = type(planner)
+    return all(getattr(kind, name, None) is getattr(owner, name, None) and name not in vars(planner) for name in names)
 
 
 def _usable_resolve_source(planner: SavePlanner) -> Callable[[WriteItem], torch.Tensor] | None:
     """The planner's ``resolve_source``, unless a subclass changed what ``resolve_data`` gives and so must be asked."""
-    kind = type(planner)
-    owner = next((base for base in kind.__mro__ if "resolve_source" in vars(base)), None)
-    if owner is None:
+    owner = next((base for base in type(planner).__mro__ if "resolve_source" in vars(base)), None)
+    if owner is None or not _are_untouched(planner, ("resolve_data", "transform_object"), owner):
         return None
-    for name in ("resolve_data", "transform_object"):
-        if getattr(kind, name, None) is not getattr(owner, name, None):
-            return None
     resolve: Callable[[WriteItem], torch.Tensor] = planner.resolve_source  # type: ignore[attr-defined]
     return resolve

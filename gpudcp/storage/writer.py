@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -16,7 +18,7 @@ from torch.futures import Future
 
 from gpudcp.chunkplan.save import ChunkWrite, SaveChunkPlan, SaveFilePlan, plan_save
 from gpudcp.collector import collector_paused
-from gpudcp.columns import Int64, ItemRecords
+from gpudcp.columns import Indices, Int64, ItemRecords
 from gpudcp.errors import CheckpointBusyError, CheckpointExistsError, GpuDcpError, PlanError
 from gpudcp.executors.base import FileReceipt
 from gpudcp.executors.select import choose_executor
@@ -40,8 +42,9 @@ from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
 from gpudcp.options import Options
 from gpudcp.report import Stopwatch, TransferReport
 from gpudcp.storage.places import directory_of, is_directory_id
-from gpudcp.storage.results import StorageData, WriteResults
+from gpudcp.storage.results import WriteResults
 from gpudcp.storage.sources import PlannerSource, literal_data
+from gpudcp.views import ANNOUNCEMENT, StorageData, WriteItems
 
 _logger = logging.getLogger("gpudcp")
 
@@ -158,7 +161,8 @@ class GpuStorageWriter(StorageWriter):
         stopwatch = Stopwatch()
         if not isinstance(plan.storage_data, SaveTicket):
             raise PlanError(f"{self.path}: the plan's storage_data is {plan.storage_data!r}, not this writer's ticket")
-        items = list(plan.items)
+        # Columns stay columns; anything else may be changed by the planner while it is asked.
+        items = plan.items if isinstance(plan.items, WriteItems) else list(plan.items)
         executor, executor_reason = choose_executor(self.options)
         choice = choose_write(self.path, self.options.direct_io)
         with stopwatch.phase("objects"):
@@ -265,7 +269,7 @@ class GpuStorageWriter(StorageWriter):
 
     def storage_meta(self) -> StorageMeta:
         """The checkpoint's id, as a string: Python 3.13 pickles paths in a way that 3.11 cannot read."""
-        return StorageMeta(checkpoint_id=self.path, save_id=self._save_id or None)
+        return StorageMeta(checkpoint_id=self.path, save_id=self._save_id or None, modules=[ANNOUNCEMENT])
 
     @property
     def checkpoint_id(self) -> str:
@@ -281,8 +285,8 @@ class GpuStorageWriter(StorageWriter):
         return {**self.__dict__, "_lock": None}
 
 
-def _records(items: list[WriteItem], plan: SaveChunkPlan, receipts: list[FileReceipt]) -> ItemRecords:
-    """One row for each write item, in the order of the plan's files.
+def _records(items: Sequence[WriteItem], plan: SaveChunkPlan, receipts: list[FileReceipt]) -> ItemRecords:
+    """One row for each write item, in their order.
 
     Raises:
         PlanError: an item has no receipt: some bytes were planned and not written.
@@ -296,19 +300,21 @@ def _records(items: list[WriteItem], plan: SaveChunkPlan, receipts: list[FileRec
             f"{len(crcs)} writes of {written} bytes were finished"
         )
     chunks = [write if isinstance(write, ChunkWrite) else None for write in writes]
-    dtypes = {chunk.dtype: 0 for chunk in chunks if chunk is not None}
-    dtypes = {dtype: number for number, dtype in enumerate(dtypes)}
+    numbers: dict[torch.dtype, int] = {}
+    dtype_ids = [-1 if chunk is None else numbers.setdefault(chunk.dtype, len(numbers)) for chunk in chunks]
+    positions = _column([write.position for write in writes])
+    columns = items.columns if isinstance(items, WriteItems) else None
     return ItemRecords(
-        indices=[items[write.position].index for write in writes],
+        indices=Indices.of(item.index for item in items) if columns is None else columns.indices(),
         paths=[file.path for file in plan.files],
         path_ids=np.repeat(np.arange(len(plan.files)), [len(file.writes) for file in plan.files]),
         byte_offsets=_column([write.byte_offset for write in writes]),
         nbytes=_column([write.nbytes for write in writes]),
         payload_offsets=_column([-1 if chunk is None else chunk.payload_offset for chunk in chunks]),
-        dtypes=list(dtypes),
-        dtype_ids=_column([-1 if chunk is None else dtypes[chunk.dtype] for chunk in chunks]),
+        dtypes=list(numbers),
+        dtype_ids=_column(dtype_ids),
         crcs=_column([-1 if crc is None else crc for crc in crcs]),
-    )
+    ).of_items(positions)
 
 
 def _column(values: list[int]) -> Int64:

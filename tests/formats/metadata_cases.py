@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gpudcp.columns import ItemRecords
+from gpudcp.columns import Indices, ItemRecords
 
 
 class Row(NamedTuple):
@@ -41,7 +41,7 @@ def records_of(rows: list[Row]) -> ItemRecords:
         return np.array(values, dtype=np.int64)
 
     return ItemRecords(
-        indices=[row.index for row in rows],
+        indices=Indices.of(row.index for row in rows),
         paths=paths,
         path_ids=column([paths.index(row.path) for row in rows]),
         byte_offsets=column([row.byte_offset for row in rows]),

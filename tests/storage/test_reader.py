@@ -185,14 +185,14 @@ def test_metadata_without_storage_records_is_corrupt(checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("key", ["absent", "nested"])
 def test_a_missing_key_is_named(checkpoint: Path, key: str) -> None:
-    """As a KeyError whose text reads well; how many more are missing is said too."""
+    """As a KeyError whose text reads well; all that are missing are named."""
     wanted = {"absent": {"absent": torch.zeros(1)}, "nested": {"nested": {"a": torch.zeros(1), "b": 1}}}[key]
     with pytest.raises(MissingKeyError) as told:
         gpudcp.load({**blank_state(), **wanted}, checkpoint)
     assert isinstance(told.value, KeyError)
     expected = {
         "absent": "the checkpoint has no 'absent'",
-        "nested": "the checkpoint has no 'nested.a' and 1 more keys",
+        "nested": "the checkpoint has no 'nested.a', 'nested.b'",
     }
     assert str(told.value) == expected[key]
     with pytest.raises(CheckpointException, match="has no"):
@@ -218,7 +218,7 @@ def test_a_missing_record_is_named(checkpoint: Path) -> None:
 def test_another_shape_is_refused_with_both(checkpoint: Path, shape: tuple[int, ...]) -> None:
     """Before any tensor is touched."""
     found = {**blank_state(), "weight": torch.zeros(shape)}
-    with pytest.raises(PlanError, match=rf"\[12, 10\].*\[{', '.join(map(str, shape))}\]\).*weight"):
+    with pytest.raises(PlanError, match=re.escape(f"weight: size (12, 10) in the checkpoint, {shape} in")):
         gpudcp.load(found, checkpoint)
     assert not found["large"].any()
 
@@ -570,7 +570,7 @@ def test_a_newer_checkpoint_of_other_shapes_is_planned_anew(checkpoint: Path) ->
 def test_a_newer_checkpoint_that_does_not_fit_is_a_clear_error(checkpoint: Path) -> None:
     """The state dict no longer fits what is there."""
     reader = Overtaken(checkpoint, lambda: gpudcp.save(sharded_otherwise(2.0), checkpoint))
-    with pytest.raises(PlanError, match=r"\[3, 4\].*\[100, 300\]\).*large"):
+    with pytest.raises(PlanError, match=r"large: size \(3, 4\) in the checkpoint, \(100, 300\) in the state dict"):
         gpudcp.load(blank_state(), storage_reader=reader)
 
 

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 import gpudcp
 from gpudcp._dcp import StorageInfo, item_extras
 from gpudcp.columns import ItemRecords
-from gpudcp.storage.results import StorageData, WriteResults
+from gpudcp.storage.results import WriteResults
+from gpudcp.views import StorageData
 
 
 class Listening(gpudcp.GpuStorageWriter):
@@ -93,13 +94,10 @@ def test_storage_data_is_a_dict_in_all_that_matters(results: WriteResults) -> No
         hash(data)
 
 
-def test_storage_data_pickles_as_a_plain_dict(results: WriteResults) -> None:
-    """Stock unpickles it: nothing of gpudcp is named."""
-    pickled = pickle.dumps(StorageData(results.records))
-    assert b"gpudcp.storage" not in pickled
-    copy = pickle.loads(pickled)
-    assert type(copy) is dict
-    assert copy == {result.index: result.storage_data for result in results}
+def test_storage_data_travel_as_columns(results: WriteResults) -> None:
+    """And are the same mapping on the other side."""
+    copy = pickle.loads(pickle.dumps(StorageData(results.records)))
+    assert copy == dict(StorageData(results.records))
 
 
 def test_the_results_of_several_ranks_are_joined_in_order(tmp_path: Path) -> None:

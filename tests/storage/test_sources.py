@@ -24,7 +24,7 @@ from gpudcp.errors import (
 )
 
 
-class Renaming(gpudcp.DefaultSavePlanner):
+class Renaming(dcp.DefaultSavePlanner):
     """A planner whose items speak of another dtype, or other chunk sizes, than its tensors have."""
 
     def __init__(self, *, dtype: torch.dtype | None = None, sizes: tuple[int, ...] | None = None) -> None:
@@ -147,11 +147,11 @@ def test_data_of_another_shape_than_the_chunk_are_refused(tmp_path: Path, sizes:
 
     class Unplanned(Renaming):
         def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
-            planned, metadata = gpudcp.DefaultSavePlanner.create_global_plan(self, all_plans)
+            planned, metadata = dcp.DefaultSavePlanner.create_global_plan(self, all_plans)
             return [dataclasses.replace(planned[0], items=[self._changed(item) for item in planned[0].items])], metadata
 
         def create_local_plan(self) -> SavePlan:
-            return gpudcp.DefaultSavePlanner.create_local_plan(self)
+            return dcp.DefaultSavePlanner.create_local_plan(self)
 
     message = re.escape(f"weight: resolved to shape (2, 3), its chunk has {sizes}")
     with pytest.raises(PlanError, match=message):

@@ -1,0 +1,210 @@
+"""A rank's own part of a save plan, in columns: a name and a template for each value, at a few microseconds each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.tensor import DTensor
+
+from gpudcp._dcp import ShardedTensor, dtensor_parts, flatten_sharded_tensors, flatten_state_dict, local_box
+from gpudcp.columns import OBJECT, SHARD, TENSOR, Names, Path, SaveColumns, Sizes, TemplateTable
+from gpudcp.errors import PlanError
+from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
+from gpudcp.planners.casts import CastRule
+from gpudcp.planners.helpers import write_items_for
+from gpudcp.views import template_number
+
+_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+_CONTAINERS = (Mapping, list, tuple)
+# Neither containers nor ShardedTensors: what most values are is decided by type, once.
+_LEAVES = {*_PLAIN_TYPES, DTensor, int, float, str, bytes, bool, type(None)}
+
+
+def flattened(
+    state_dict: Mapping[str, Any], *, nested: bool, sharded_tensors: bool
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """The state dict as a flat one, and the path of each key; torch's rules, and nothing to do for most dicts.
+
+    Args:
+        state_dict: values may be nested dicts and lists.
+        nested: flatten those.
+        sharded_tensors: undo FSDP's nesting of ShardedTensors.
+    """
+    is_flat = all(type(value) in _LEAVES or not isinstance(value, _CONTAINERS) for value in state_dict.values())
+    if is_flat and all(type(key) is str for key in state_dict):
+        flat = dict(state_dict)
+        paths: dict[str, Path] = {key: (key,) for key in state_dict} if nested else {}
+    elif nested:
+        flat, paths = flatten_state_dict(dict(state_dict))
+    else:
+        flat, paths = dict(state_dict), {}
+    if sharded_tensors and any(isinstance(value, ShardedTensor) for value in flat.values()):
+        flat = flatten_sharded_tensors(flat)
+    return flat, paths
+
+
+_FEW = 1000
+
+
+class LocalItems(NamedTuple):
+    """A rank's items, and the memory of those keys that are one tensor."""
+
+    columns: SaveColumns
+    tensors: dict[str, torch.Tensor]
+    offsets: dict[str, Sizes]
+
+
+class LocalItemsMaker:
+    """Makes a rank's items; what it has seen once, such as a DTensor's place in its mesh, is not computed again."""
+
+    def __init__(self, casts: CastRule | None) -> None:
+        self._casts = casts
+        self._names = Names((), None)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._table = TemplateTable()
+        self._numbers: dict[Any, tuple[int, Sizes]] = {}
+        self._specs: dict[int, tuple[Any, tuple[Sizes, Sizes] | None]] = {}
+        self._boxes: dict[Any, tuple[Sizes, Sizes] | None] = {}
+        self._meshes: dict[int, Any] = {}
+
+    def make(self, state_dict: Mapping[str, Any], paths: Mapping[str, Path] | None) -> LocalItems:
+        """The items of a flat state dict.
+
+        Raises:
+            PlanError: a value cannot be saved; it names the key.
+        """
+        if max(len(self._table), len(self._specs)) > 4 * len(state_dict) + _FEW:
+            self._forget()  # shapes, or meshes, that change with every save
+        names: list[str] = []
+        name_ids: list[int] = []
+        numbers: list[int] = []
+        tensors: dict[str, torch.Tensor] = {}
+        offsets: dict[str, Sizes] = {}
+        for fqn, value in state_dict.items():
+            kind = type(value)
+            if kind in _PLAIN_TYPES and value.layout is torch.strided and not value.is_nested:
+                number, start = self._plain(fqn, value)
+                tensors[fqn] = value
+            elif kind is DTensor and type(local := dtensor_parts(value)[0]) is torch.Tensor:
+                found = self._distributed(fqn, value)
+                if found is None:
+                    continue
+                number, start = found
+                tensors[fqn] = local
+            else:
+                made = self._others(fqn, value)
+                if made:
+                    name_ids += [len(names)] * len(made)
+                    numbers += made
+                    names.append(fqn)
+                continue
+            offsets[fqn] = start
+            name_ids.append(len(names))
+            numbers.append(number)
+            names.append(fqn)
+        if tuple(names) != self._names.fqns or paths != self._names.paths:
+            self._names = Names(names, paths)
+        columns = SaveColumns(
+            names=self._names,
+            name_ids=np.array(name_ids, dtype=np.int32),
+            template_ids=np.array(numbers, dtype=np.int32),
+            templates=self._table.templates(),
+        )
+        return LocalItems(columns, tensors, offsets)
+
+    def _others(self, fqn: str, value: Any) -> list[int]:
+        """The templates of what is neither a plain tensor nor a DTensor of one."""
+        if is_whole(value) or not has_items(value):
+            return [self._table.number(OBJECT, None, (), (), ())]
+        items = write_items_for(fqn, value)
+        for item in items:
+            if item.tensor_data is not None:
+                self._check_dtype(fqn, item.tensor_data.properties.dtype)
+        return [template_number(self._table, item) for item in items]
+
+    def _plain(self, fqn: str, tensor: torch.Tensor) -> tuple[int, Sizes]:
+        dtype = tensor.dtype
+        if self._casts is not None:
+            dtype = self._casts.dtype_for(fqn, dtype)
+        key = (tensor.shape, dtype, tensor.requires_grad, tensor.is_pinned())
+        found = self._numbers.get(key)
+        if found is None:
+            size = tuple(tensor.shape)
+            start = (0,) * len(size)
+            number = self._table.number(TENSOR, self._properties(fqn, tensor, dtype), size, start, size)
+            found = self._numbers[key] = (number, start)
+        return found
+
+    def _distributed(self, fqn: str, tensor: DTensor) -> tuple[int, Sizes] | None:
+        local, spec = dtensor_parts(tensor)
+        known = self._specs.get(id(spec))
+        if known is None:
+            # The spec is kept, so that no other one gets its id.
+            known = self._specs[id(spec)] = (spec, self._box(fqn, tensor))
+        if known[1] is None:
+            return None
+        start, lengths = known[1]
+        dtype = local.dtype
+        if self._casts is not None:
+            dtype = self._casts.dtype_for(fqn, dtype)
+        key = (tensor.shape, start, lengths, dtype, tensor.requires_grad, local.is_pinned())
+        found = self._numbers.get(key)
+        if found is None:
+            if tuple(local.shape) != lengths:
+                raise PlanError(
+                    f"{fqn}: the DTensor's placements make a local shard of {lengths}, it has {tuple(local.shape)}"
+                )
+            properties = self._properties(fqn, local, dtype)
+            properties.requires_grad = tensor.requires_grad
+            number = self._table.number(SHARD, properties, tuple(tensor.shape), start, lengths)
+            found = self._numbers[key] = (number, start)
+        return found
+
+    def _box(self, fqn: str, tensor: DTensor) -> tuple[Sizes, Sizes] | None:
+        """Offsets and lengths of the local shard; None: this rank is not of the tensor's mesh."""
+        mesh, placements = tensor.device_mesh, tensor.placements
+        self._meshes[id(mesh)] = mesh
+        key = (id(mesh), placements, tensor.shape)
+        if key not in self._boxes:
+            if any(placement.is_partial() for placement in placements):
+                raise PlanError(f"{fqn}: a DTensor with the placements {placements} holds no values to save yet")
+            try:
+                self._boxes[key] = local_box(tensor)
+            except PlanError as err:
+                raise PlanError(f"{fqn}: {err}") from err
+        return self._boxes[key]
+
+    def _properties(self, fqn: str, tensor: torch.Tensor, dtype: torch.dtype) -> TensorProperties:
+        self._check_dtype(fqn, tensor.dtype)
+        properties = TensorProperties.create_from_tensor(tensor)
+        properties.dtype = dtype
+        return properties
+
+    def _check_dtype(self, fqn: str, dtype: torch.dtype) -> None:
+        if not (is_savable(dtype) or dtype in QUANTIZED_DTYPES):
+            raise PlanError(f"{fqn}: dtype {dtype} cannot be saved: torch.load reads no such tensor back")
+
+
+def has_items(value: object) -> bool:
+    """Whether a value is a tensor of some kind, or says itself what its items are."""
+    return isinstance(value, (torch.Tensor, ShardedTensor)) or hasattr(value, "__create_write_items__")
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value is a tensor that no box of plain memory describes: sparse, nested, or of a subclass.
+
+    DTensor and what else implements torch's `_Checkpointable` describe themselves, and so does ShardedTensor.
+    """
+    if not isinstance(value, torch.Tensor) or isinstance(value, ShardedTensor):
+        return False
+    if hasattr(value, "__create_write_items__"):
+        return False
+    if type(value) in _PLAIN_TYPES:
+        return value.layout != torch.strided or value.is_nested
+    return True

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 import gpudcp
 
 _ROOT = Path(__file__).parents[1]
-_OPTIONAL = ("triton", "kvikio", "cupy", "safetensors", "cuda")
+_OPTIONAL = ("triton", "kvikio", "cupy", "cuda")
 
 _CHILD = """
 import json, sys

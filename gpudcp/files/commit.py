@@ -28,6 +28,7 @@ LOCK_NAME = ".gpudcp.lock"
 TEMPORARY_SUFFIX = ".tmp"
 _DATA_NAME = re.compile(r"__(?P<rank>\d+)_\d+(_(?P<save_id>[0-9a-f]{16}))?\.distcp")
 _METADATA_NAME = re.compile(r"(__\d+)?\.metadata")
+_COMMITTED_NAME = re.compile(r"((__\d+)?\.metadata)(\.index)?")
 # What flock answers on file systems without locks, Lustre mounted without its flock option among them.
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -114,8 +115,8 @@ def remove_files(directory: str, names: Collection[str], *, fsync: bool, rank: i
         name
         for name in os.listdir(directory)
         if name.endswith(TEMPORARY_SUFFIX)
-        and _METADATA_NAME.fullmatch(metadata_name := name.removesuffix(TEMPORARY_SUFFIX))
-        and (rank is None or metadata_name == metadata_file_name(rank))
+        and (match := _COMMITTED_NAME.fullmatch(name.removesuffix(TEMPORARY_SUFFIX)))
+        and (rank is None or match[1] == metadata_file_name(rank))
     ]
     for name in (*names, *temporary):
         with suppress(OSError):

@@ -78,6 +78,24 @@ def encode_metadata(metadata: Metadata, records: ItemRecords) -> bytes:
     return data + _TRAILER.pack(_MAGIC, len(data), crc32(data))
 
 
+TRAILER_NBYTES = _TRAILER.size
+
+
+def identity_of(tail: bytes, nbytes: int) -> tuple[int, int] | None:
+    """Length and CRC-32 of the pickle in a ``.metadata`` file, as its trailer says.
+
+    Args:
+        tail: the file's last `TRAILER_NBYTES` bytes.
+        nbytes: the file's length.
+
+    Returns None where there is no trailer, or one of another length.
+    """
+    if len(tail) < _TRAILER.size:
+        return None
+    magic, length, crc = _TRAILER.unpack(tail)
+    return (length, crc) if magic == _MAGIC and length == nbytes - _TRAILER.size else None
+
+
 def decode_metadata(data: bytes, *, path: str, trust_pickle: bool) -> Metadata:
     """The Metadata in the bytes of a ``.metadata`` file, ours or stock's.
 

@@ -7,15 +7,19 @@ import logging
 import os
 import resource
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import (
     READ_GAP_NBYTES,
     LoadChunkPlan,
@@ -25,21 +29,26 @@ from gpudcp.chunkplan.load import (
     whole_payload_request,
 )
 from gpudcp.collector import collector_paused
+from gpudcp.columns import NONE, ItemRecords
 from gpudcp.errors import (
     CheckpointBusyError,
     CheckpointNotFoundError,
+    CorruptCheckpointError,
     TransferError,
 )
 from gpudcp.executors.select import choose_executor
 from gpudcp.files.commit import metadata_file_name
 from gpudcp.files.posix import PosixReader
 from gpudcp.formats import checksum
-from gpudcp.formats.metadata import decode_metadata
+from gpudcp.formats import index as index_format
+from gpudcp.formats.dtypes import QUANTIZED_DTYPES
+from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
 from gpudcp.options import Options
 from gpudcp.report import Stopwatch, TransferReport
 from gpudcp.storage.places import directory_of, is_directory_id
 from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, check_range, is_object, stored_tensor
 from gpudcp.storage.targets import PlannerTarget, load_whole_item
+from gpudcp.views import ColumnMetadata, ReadItems
 
 _logger = logging.getLogger("gpudcp")
 
@@ -107,6 +116,8 @@ class GpuStorageReader(StorageReader):
         path = os.path.join(self.path, metadata_file_name(self._rank))
         try:
             with open(path, "rb") as file:
+                if (indexed := self._read_index(file)) is not None:
+                    return indexed
                 data = file.read()
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointNotFoundError(
@@ -115,6 +126,24 @@ class GpuStorageReader(StorageReader):
         except OSError as err:
             raise TransferError(f"{path}: cannot be read: {err.strerror}", path=path, errno=err.errno) from err
         return decode_metadata(data, path=path, trust_pickle=self.options.trust_pickle)
+
+    def _read_index(self, metadata_file: BinaryIO) -> ColumnMetadata | None:
+        """The metadata from the index beside an open ``.metadata``, where there is one of that very file."""
+        nbytes = metadata_file.seek(0, os.SEEK_END)
+        metadata_file.seek(max(0, nbytes - TRAILER_NBYTES))
+        identity = identity_of(metadata_file.read(), nbytes)
+        metadata_file.seek(0)
+        path = f"{metadata_file.name}{index_format.SUFFIX}"
+        if identity is None:
+            return None
+        try:
+            with open(path, "rb") as file:
+                return index_format.decode_index(file.read(), path=path, nbytes=identity[0], crc=identity[1])
+        except FileNotFoundError:
+            return None
+        except (OSError, CorruptCheckpointError) as err:
+            _logger.warning("%s: cannot be read, so the slower .metadata is: %s", path, err)
+            return None
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Take the metadata that the plans are made of."""
@@ -158,6 +187,10 @@ class GpuStorageReader(StorageReader):
             self._files.open(stored.paths(items))
 
     def _open_needed(self, stored: StoredItems, items: Sequence[ReadItem]) -> None:
+        if (records := self._row_records(items)) is not None:
+            used = np.unique(records.path_ids[items.rows])  # type: ignore[attr-defined]
+            self._files.open(stored.checked_paths(records.paths[path_id] for path_id in used.tolist()))
+            return
         try:
             self._files.open(stored.likely_paths(items))
         except CheckpointNotFoundError:
@@ -196,7 +229,11 @@ class GpuStorageReader(StorageReader):
         stored = StoredItems(self._known_metadata(), self.path)
         self._open_needed(stored, plan.items)
         with stopwatch.phase("plan"):
-            needs = _Needs(plan.items, stored, self._files, self.options)
+            needs = _Needs(self._files, self.options)
+            if (records := self._row_records(plan.items)) is None:
+                needs.add_items(plan.items, stored)
+            else:
+                needs.add_rows(plan.items, records, stored)  # type: ignore[arg-type]
             chunk_plan = needs.chunk_plan()
         executor.load(chunk_plan, PlannerTarget(plan.items, planner), self._files.get, stopwatch)
         with stopwatch.phase("objects"):
@@ -218,6 +255,13 @@ class GpuStorageReader(StorageReader):
             reasons=(reason, "buffered reads: any alignment, straight into the destination"),
         )
         _logger.info("%s", self.report)
+
+    def _row_records(self, items: Sequence[ReadItem]) -> ItemRecords | None:
+        """What stands in the files for each row that the items speak of, if they are columns of this very metadata."""
+        metadata = self._known_metadata()
+        if not (isinstance(items, ReadItems) and items.is_unchanged and isinstance(metadata, ColumnMetadata)):
+            return None
+        return metadata.row_records if items.checkpoint is metadata.columns and metadata.is_unchanged else None
 
     def _checksum_used(self, plan: LoadChunkPlan, needs: _Needs) -> str:
         if self.options.verify == "off":
@@ -241,28 +285,87 @@ class GpuStorageReader(StorageReader):
 class _Needs:
     """What a load plan needs of the files: boxes of strided payloads, and items that are read whole."""
 
-    def __init__(self, items: Sequence[ReadItem], stored: StoredItems, files: _OpenFiles, options: Options) -> None:
+    def __init__(self, files: _OpenFiles, options: Options) -> None:
         self.whole_items: list[tuple[int, StoredItem]] = []
         self.payload_nbytes = 0
         self.envelope_nbytes = 0
         self.npayloads = 0
+        self._files = files
         self._options = options
         self._requests: list[ReadRequest] = []
         self._checks: list[PayloadCheck] = []
         self._last_payload = ("", -1)
+
+    def add_items(self, items: Sequence[ReadItem], stored: StoredItems) -> None:
+        """Items by what their storage index says."""
+        self._add_each(range(len(items)), items, stored)
+
+    def _add_each(self, positions: Sequence[int], items: Sequence[ReadItem], stored: StoredItems) -> None:
         places = [stored.find(item.storage_index) for item in items]
         # In file order, so that envelopes are read in passing.
-        order = sorted(range(len(items)), key=lambda position: places[position][1:3])
+        order = sorted(range(len(items)), key=lambda number: places[number][1:3])
         path, window = "", None
-        for position in order:
-            place = places[position]
+        for number in order:
+            place = places[number]
             if window is None or place.path != path:
                 path = place.path
                 self.envelope_nbytes += 0 if window is None else window.nbytes
-                window = Window(files.get(path))
+                window = Window(self._files.get(path))
             check_range(place, window.file)
-            self._add(position, items[position], place, stored, window)
+            self._add(positions[number], items[number], place, stored, window)
         self.envelope_nbytes += 0 if window is None else window.nbytes
+
+    def add_rows(self, items: ReadItems, records: ItemRecords, stored: StoredItems) -> None:
+        """Items that are rows of the checkpoint's own columns: all at once."""
+        checkpoint, rows = items.checkpoint, items.rows
+        path_ids, starts, nbytes = records.path_ids[rows], records.byte_offsets[rows], records.nbytes[rows]
+        payloads, crcs = records.payload_offsets[rows], records.crcs[rows]
+        sizes = checkpoint.boxes[checkpoint.row_boxes[rows], 1]
+        itemsizes = np.array([*(dtype.itemsize for dtype in records.dtypes), 0], dtype=np.int64)[
+            records.dtype_ids[rows]
+        ]
+        payload_nbytes = sizes.prod(axis=1) * itemsizes
+        file_nbytes = np.zeros(len(records.paths), dtype=np.int64)
+        for path_id in np.unique(path_ids).tolist():
+            file_nbytes[path_id] = self._files.get(records.paths[path_id]).nbytes
+        is_payload = (items.ndims != NONE) & (payloads >= 0)
+        is_outside = starts + nbytes > file_nbytes[path_ids]
+        is_wrong = is_payload & ((payloads < starts) | (payloads + payload_nbytes > starts + nbytes))
+        is_wrong |= is_payload & _of_dtypes(records, QUANTIZED_DTYPES)[records.dtype_ids[rows]]
+        # What is wrong, or no payload, goes the way of items: it finds the words, or reads them whole.
+        others = np.nonzero(~is_payload | is_outside | is_wrong)[0].tolist()
+        self._add_each(others, [items[position] for position in others], stored)
+        at = np.nonzero(is_payload & ~is_outside & ~is_wrong)[0]
+        paths, dtypes = records.paths, records.dtypes
+        names = [paths[path_id] for path_id in path_ids[at].tolist()]
+        ndims = items.ndims[at].tolist()
+        boxes = [
+            (tuple(size[:n]), tuple(offsets[:n]), tuple(lengths[:n]))
+            for size, (_, offsets, lengths), n in zip(sizes[at].tolist(), items.boxes[at].tolist(), ndims, strict=True)
+        ]
+        self._requests += [
+            ReadRequest(position, path, payload, dtypes[dtype_id], row_major_strides(size), 0, offsets, lengths)
+            for position, path, payload, dtype_id, (size, offsets, lengths) in zip(
+                at.tolist(), names, payloads[at].tolist(), records.dtype_ids[rows][at].tolist(), boxes, strict=True
+            )
+        ]
+        self.payload_nbytes += int((items.boxes[at, 2].prod(axis=1) * itemsizes[at]).sum())
+        _, first = np.unique(rows[at], return_index=True)
+        checked = at[first[payload_nbytes[at[first]] > 0]]
+        self.npayloads += len(checked)
+        checked = checked[crcs[checked] >= 0]
+        fqns = items.fqns
+        self._checks += [
+            PayloadCheck(paths[path_id], payload, length, crc, fqns[name])
+            for path_id, payload, length, crc, name in zip(
+                path_ids[checked].tolist(),
+                payloads[checked].tolist(),
+                payload_nbytes[checked].tolist(),
+                crcs[checked].tolist(),
+                items.name_ids[checked].tolist(),
+                strict=True,
+            )
+        ]
 
     def _add(self, position: int, item: ReadItem, place: StoredItem, stored: StoredItems, window: Window) -> None:
         if item.type is LoadItemType.BYTE_IO or place.transforms:
@@ -341,6 +444,11 @@ class _OpenFiles:
             file.close()
         self._kept.clear()
         self._passing.clear()
+
+
+def _of_dtypes(records: ItemRecords, dtypes: Collection[torch.dtype]) -> NDArray[np.bool_]:
+    """Whether each of the records' dtypes is one of these; False for NONE, which is the last of the table."""
+    return np.array([*(dtype in dtypes for dtype in records.dtypes), False], dtype=bool)
 
 
 def _save_id(metadata: Metadata) -> str | None:

@@ -128,7 +128,7 @@ def _all_sources(items: Sequence[WriteItem], planner: SavePlanner) -> list[torch
     names = ("resolve_data", "resolve_source", "lookup_object", "transform_object")
     if columns is None or not isinstance(planner, DefaultSavePlanner):
         return None
-    if not _are_untouched(planner, names, DefaultSavePlanner):
+    if not are_untouched(planner, names, DefaultSavePlanner):
         return None
     return [
         tensor if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta else None
@@ -155,10 +155,10 @@ def _resolves_to_the_state_dict(planner: SavePlanner) -> bool:
     Other planners may cast or gather into a buffer that they use again for the next item.
     """
     names = ("resolve_data", "lookup_object", "transform_object")
-    return any(_are_untouched(planner, names, each) for each in (DefaultSavePlanner, TorchSavePlanner))
+    return any(are_untouched(planner, names, each) for each in (DefaultSavePlanner, TorchSavePlanner))
 
 
-def _are_untouched(planner: SavePlanner, names: Sequence[str], owner: type) -> bool:
+def are_untouched(planner: object, names: Sequence[str], owner: type) -> bool:
     """Whether these methods are ``owner``'s: overridden neither by a subclass nor on the planner itself."""
     kind = type(planner)
     return all(getattr(kind, name, None) is getattr(owner, name, None) and name not in vars(planner) for name in names)
@@ -167,7 +167,7 @@ def _are_untouched(planner: SavePlanner, names: Sequence[str], owner: type) -> b
 def _usable_resolve_source(planner: SavePlanner) -> Callable[[WriteItem], torch.Tensor] | None:
     """The planner's ``resolve_source``, unless a subclass changed what ``resolve_data`` gives and so must be asked."""
     owner = next((base for base in type(planner).__mro__ if "resolve_source" in vars(base)), None)
-    if owner is None or not _are_untouched(planner, ("resolve_data", "transform_object"), owner):
+    if owner is None or not are_untouched(planner, ("resolve_data", "transform_object"), owner):
         return None
     resolve: Callable[[WriteItem], torch.Tensor] = planner.resolve_source  # type: ignore[attr-defined]
     return resolve

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -39,12 +39,27 @@ class StoredItems:
         if not isinstance(records, Mapping):
             raise CorruptCheckpointError(f"{directory}: the metadata has no storage_data", path=directory)
         self._records: Mapping[Any, Any] = records
-        # Most tensors are one item: found by name at a third of the cost of hashing a MetadataIndex, which is Python.
-        by_fqn = {index.fqn: (index, info) for index, info in records.items() if isinstance(index, MetadataIndex)}
-        self._by_fqn = by_fqn if len(by_fqn) == len(records) else {}
         self._tensors = metadata.state_dict_metadata
         self._directory = directory
         self._safe_paths: set[str] = set()
+
+    @cached_property
+    def _by_fqn(self) -> dict[str, tuple[MetadataIndex, Any]]:
+        # Most tensors are one item: found by name at a third of the cost of hashing a MetadataIndex, which is Python.
+        records = self._records
+        by_fqn = {index.fqn: (index, info) for index, info in records.items() if isinstance(index, MetadataIndex)}
+        return by_fqn if len(by_fqn) == len(records) else {}
+
+    def checked_paths(self, paths: Iterable[str]) -> set[str]:
+        """These, all inside the directory.
+
+        Raises:
+            UnsafeCheckpointError: one of them is not.
+        """
+        found = set(paths)
+        for path in found:
+            self._check_inside(path, "")
+        return found
 
     def paths(self, items: Sequence[ReadItem]) -> set[str]:
         """The files, relative to the directory, that these items need."""

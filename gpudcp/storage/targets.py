@@ -16,7 +16,10 @@ from gpudcp.formats.archive import check_records
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.objects import load_object
 from gpudcp.options import Options
+from gpudcp.planners import DefaultLoadPlanner
+from gpudcp.storage.sources import are_untouched
 from gpudcp.storage.stored import StoredItem, is_object
+from gpudcp.views import ReadItems
 
 
 class PlannerTarget:
@@ -26,6 +29,8 @@ class PlannerTarget:
         self._items = items
         self._planner = planner
         self._wrappers: dict[int, torch.Tensor] = {}
+        self._tensors = _all_destinations(items, planner)
+        self._hears_commits = not are_untouched(planner, ("commit_tensor",), DefaultLoadPlanner)
 
     def resolve(self, position: int) -> torch.Tensor:
         """The destination of a read item; for one without memory of its own, memory to copy into it from.
@@ -33,6 +38,8 @@ class PlannerTarget:
         Raises:
             PlanError: the planner resolved to something of another shape, or to no dense tensor.
         """
+        if self._tensors is not None and (known := self._tensors[position]) is not None:
+            return known
         item = self._items[position]
         tensor = self._planner.resolve_tensor(item)
         if type(tensor) is torch.Tensor and tensor.shape == item.lengths and _is_plain(tensor):
@@ -47,7 +54,21 @@ class PlannerTarget:
         """Hand the filled tensor back."""
         if (wrapper := self._wrappers.pop(position, None)) is not None:
             tensor = wrapper.copy_(tensor)
-        self._planner.commit_tensor(self._items[position], tensor)
+        if self._hears_commits:
+            self._planner.commit_tensor(self._items[position], tensor)
+
+
+def _all_destinations(items: Sequence[ReadItem], planner: LoadPlanner) -> list[torch.Tensor | None] | None:
+    """What our own planner resolves all items to; None for those that are asked for, and checked, one by one."""
+    names = ("resolve_tensor", "lookup_tensor", "transform_tensor", "resolve_tensors")
+    if not (isinstance(items, ReadItems) and items.is_unchanged and isinstance(planner, DefaultLoadPlanner)):
+        return None
+    if not are_untouched(planner, names, DefaultLoadPlanner):
+        return None
+    return [
+        tensor if type(tensor) is torch.Tensor and _is_plain(tensor) else None
+        for tensor in planner.resolve_tensors(items)
+    ]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

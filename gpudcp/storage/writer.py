@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -38,7 +39,8 @@ from gpudcp.files.commit import (
 from gpudcp.files.posix import PosixWriter, fsync_directory
 from gpudcp.files.tune import choose_write
 from gpudcp.formats import checksum
-from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
+from gpudcp.formats import index as index_format
+from gpudcp.formats.metadata import TRAILER_NBYTES, VERSION, decode_metadata, encode_metadata, identity_of
 from gpudcp.options import Options
 from gpudcp.report import Stopwatch, TransferReport
 from gpudcp.storage.places import directory_of, is_directory_id
@@ -226,9 +228,22 @@ class GpuStorageWriter(StorageWriter):
         data = encode_metadata(metadata, records)
         if lost := [name for name in self._written if not os.path.exists(os.path.join(self.path, name))]:
             raise CheckpointBusyError(f"{self.path}: {', '.join(lost)} was removed before this save was committed")
-        replaced = self._replaced_names(metadata_file_name(rank))
-        replace_file(self.path, metadata_file_name(rank), data, fsync=self.options.fsync)
+        name = metadata_file_name(rank)
+        replaced = self._replaced_names(name)
+        # The index first: beside the old .metadata it is of another one, and not read.
+        if (index := self._index(metadata, records, data)) is not None:
+            replace_file(self.path, name + index_format.SUFFIX, index, fsync=self.options.fsync)
+        replace_file(self.path, name, data, fsync=self.options.fsync)
+        if index is None:
+            with suppress(OSError):
+                os.unlink(os.path.join(self.path, name + index_format.SUFFIX))
         self._clean_up(set(records.paths), replaced, rank)
+
+    def _index(self, metadata: Metadata, records: ItemRecords, data: bytes) -> bytes | None:
+        identity = identity_of(data[-TRAILER_NBYTES:], len(data))
+        if identity is None:
+            return None
+        return index_format.encode_index(metadata, records, nbytes=identity[0], crc=identity[1])
 
     def _replaced_names(self, metadata_name: str) -> set[str]:
         """Data files that the metadata about to be replaced names, by stock's names, which carry no save id."""

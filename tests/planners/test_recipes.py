@@ -373,7 +373,7 @@ def saved_by_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         for child in children:
             child.kill()
-            child.wait()
+            child.communicate()
     return directory
 
 

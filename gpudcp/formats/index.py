@@ -1,0 +1,274 @@
+"""The index beside ``.metadata``: the same, as columns in a safetensors file, opened at once and without pickle.
+
+It is bound to one ``.metadata`` by that file's length and CRC-32, and has a CRC-32 of its own. A checkpoint is whole
+without it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
+
+from gpudcp.columns import (
+    NONE,
+    CheckpointColumns,
+    Column,
+    Indices,
+    Int64,
+    ItemRecords,
+    Names,
+)
+from gpudcp.errors import CorruptCheckpointError
+from gpudcp.formats.checksum import crc32
+from gpudcp.formats.dtypes import dtype_name
+from gpudcp.views import ColumnMetadata
+
+SUFFIX = ".index"
+"""The index of ``.metadata`` is ``.metadata.index``."""
+LEAST_ROWS = 1000
+"""A pickle with fewer chunks is read in some 10 ms: not worth a second file."""
+
+_FORMAT = "gpudcp index 1"
+_HEADER = "gpudcp"
+_MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format, torch.channels_last_3d)
+_LAYOUTS = (torch.strided, torch.sparse_coo)
+
+
+def encode_index(metadata: Metadata, records: ItemRecords, *, nbytes: int, crc: int) -> bytes | None:
+    """The index of a checkpoint whose ``.metadata`` has this length and this CRC-32.
+
+    Returns None for few rows, and for what has no place in an index: a Metadata of objects, or properties that torch's
+    own planners do not make.
+    """
+    if not (isinstance(metadata, ColumnMetadata) and metadata.is_unchanged) or len(records) < LEAST_ROWS:
+        return None
+    columns = metadata.columns
+    rows = _rows_of(columns, records.indices)
+    properties = [_encoded_properties(each) for each in columns.properties]
+    if rows is None or None in properties:
+        return None
+    order = np.empty_like(rows)
+    order[rows] = np.arange(len(rows))
+    row_records = records.reordered(order)
+    meta = metadata.storage_meta or StorageMeta()
+    arrays: dict[str, Column] = {
+        "names": np.frombuffer(columns.names.packed, dtype=np.uint8),
+        "first_rows": columns.first_rows,
+        "property_ids": columns.property_ids,
+        "ndims": columns.ndims,
+        "sizes": columns.sizes,
+        "boxes": columns.boxes,
+        "row_boxes": columns.row_boxes,
+        "path_ids": row_records.path_ids,
+        "byte_offsets": row_records.byte_offsets,
+        "nbytes": row_records.nbytes,
+        "payload_offsets": row_records.payload_offsets,
+        "dtype_ids": np.where(row_records.payload_offsets < 0, NONE, row_records.dtype_ids),
+        "crcs": row_records.crcs,
+    }
+    arrays = {name: _narrowed(array) for name, array in arrays.items()}
+    header = {
+        "format": _FORMAT,
+        "metadata_nbytes": nbytes,
+        "metadata_crc32": crc,
+        "version": metadata.version,
+        "checkpoint_id": None if meta.checkpoint_id is None else str(meta.checkpoint_id),
+        "save_id": meta.save_id,
+        "modules": list(meta.modules or []),
+        "properties": properties,
+        "paths": row_records.paths,
+        "dtypes": [dtype_name(dtype) for dtype in row_records.dtypes],
+        "crc32": _crc_of(arrays),
+    }
+    return safetensors.numpy.save(arrays, {_HEADER: json.dumps(header)})
+
+
+def decode_index(data: bytes, *, path: str, nbytes: int, crc: int) -> ColumnMetadata | None:
+    """The checkpoint's metadata; None where the index is of another ``.metadata``.
+
+    Raises:
+        CorruptCheckpointError: the bytes are no index, or contradict each other.
+    """
+    try:
+        return _decoded(data, path, nbytes, crc)
+    except CorruptCheckpointError:
+        raise
+    # Arbitrary bytes make the parsers raise almost anything.
+    except Exception as err:
+        raise CorruptCheckpointError(f"{path}: no readable index: {type(err).__name__}: {err}", path=path) from err
+
+
+def _decoded(data: bytes, path: str, nbytes: int, crc: int) -> ColumnMetadata | None:
+    header_nbytes = int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(json.loads(data[8 : 8 + header_nbytes])["__metadata__"][_HEADER])
+    if header["format"] != _FORMAT or (header["metadata_nbytes"], header["metadata_crc32"]) != (nbytes, crc):
+        return None
+    arrays = safetensors.numpy.load(data)
+    if (found := _crc_of(arrays)) != header["crc32"]:
+        raise CorruptCheckpointError(
+            f"{path}: CRC-32 is {found:#010x}, the header says {header['crc32']:#010x}",
+            path=path,
+            expected_crc32=header["crc32"],
+            found_crc32=found,
+        )
+    names = Names.unpacked(arrays["names"].tobytes())
+    columns = CheckpointColumns(
+        names=names,
+        first_rows=arrays["first_rows"].astype(np.int64),
+        property_ids=arrays["property_ids"].astype(np.int32),
+        properties=tuple(_decoded_properties(*each) for each in header["properties"]),
+        ndims=arrays["ndims"].astype(np.int32),
+        sizes=arrays["sizes"].astype(np.int64),
+        boxes=arrays["boxes"].astype(np.int64),
+        row_boxes=arrays["row_boxes"].astype(np.int32),
+    )
+    records = ItemRecords(
+        indices=_row_indices(columns),
+        paths=header["paths"],
+        dtypes=[_dtype(name) for name in header["dtypes"]],
+        **{
+            name: arrays[name].astype(np.int64)
+            for name in ("path_ids", "byte_offsets", "nbytes", "payload_offsets", "dtype_ids", "crcs")
+        },
+    )
+    _check(columns, records, path)
+    meta = StorageMeta(header["checkpoint_id"], header["save_id"], modules=header["modules"])
+    return ColumnMetadata(columns, records, storage_meta=meta, version=header["version"])
+
+
+def _row_indices(columns: CheckpointColumns) -> Indices:
+    """The MetadataIndex of each row of a checkpoint."""
+    counts = np.diff(columns.first_rows)
+    entries = np.repeat(np.arange(len(columns)), counts)
+    ndims = np.where(columns.property_ids == NONE, NONE, columns.ndims)[entries].astype(np.int64)
+    most = columns.boxes.shape[2] + 2
+    used, offset_ids = np.unique(columns.row_boxes.astype(np.int64) * most + ndims + 1, return_inverse=True)
+    boxes = columns.boxes[used // most, 0].tolist() if len(used) else []
+    offsets = [
+        None if ndim == NONE else torch.Size(box[:ndim])
+        for box, ndim in zip(boxes, (used % most - 1).tolist(), strict=True)
+    ]
+    hints = np.arange(columns.nrows) - np.repeat(columns.first_rows[:-1], counts)
+    hints[ndims == NONE] = NONE
+    return Indices(
+        names=columns.names,
+        name_ids=entries.astype(np.int32),
+        offsets=offsets,
+        offset_ids=offset_ids.reshape(-1).astype(np.int32),
+        hints=hints,
+    )
+
+
+def _rows_of(columns: CheckpointColumns, indices: Indices) -> Int64 | None:
+    """The row of each index, one to one; None where they do not match."""
+    if len(indices) != columns.nrows:
+        return None
+    entries = np.array([columns.numbers.get(fqn, NONE) for fqn in indices.names.fqns], dtype=np.int64)
+    entries = entries[indices.name_ids]
+    if (entries == NONE).any():
+        return None
+    is_object = columns.property_ids[entries] == NONE
+    hints = np.where(is_object, 0, indices.hints)
+    counts = columns.first_rows[entries + 1] - columns.first_rows[entries]
+    if ((hints < 0) | (hints >= counts)).any():
+        return None
+    rows = columns.first_rows[entries] + hints
+    if not np.array_equal(np.sort(rows), np.arange(columns.nrows)):
+        return None
+    ndim = columns.boxes.shape[2]
+    table = np.zeros((len(indices.offsets), ndim), dtype=np.int64)
+    for number, offset in enumerate(indices.offsets):
+        if offset is not None:
+            if len(offset) > ndim:
+                return None
+            table[number, : len(offset)] = offset
+    same = (table[indices.offset_ids] == columns.boxes[columns.row_boxes[rows], 0]).all(axis=1)
+    return rows if bool((same | is_object).all()) else None
+
+
+def _check(columns: CheckpointColumns, records: ItemRecords, path: str) -> None:
+    """That every number is one of a row that exists, so that nothing later has to ask."""
+    entries, rows, dims = len(columns.names), columns.nrows, columns.boxes.shape[2]
+    first_rows = columns.first_rows
+    ranges = (
+        (columns.property_ids, NONE, len(columns.properties)),
+        (columns.ndims, 0, dims + 1),
+        (columns.row_boxes, 0, max(len(columns.boxes), 1)),
+        (records.path_ids, 0, len(records.paths)),
+        (records.dtype_ids, NONE, len(records.dtypes)),
+        (records.byte_offsets, 0, 1 << 62),
+        (records.nbytes, 0, 1 << 62),
+        (records.payload_offsets, NONE, 1 << 62),
+        (records.crcs, NONE, 1 << 32),
+        (columns.boxes, 0, 1 << 62),
+        (columns.sizes, 0, 1 << 62),
+    )
+    is_sound = (
+        len(first_rows) == entries + 1 == len(columns.property_ids) + 1 == len(columns.ndims) + 1
+        and columns.sizes.shape == (entries, dims)
+        and columns.boxes.shape[1:] == (2, dims)
+        and first_rows[0] == 0
+        and first_rows[-1] == rows
+        and bool((np.diff(first_rows) >= 0).all())
+        and all(len(column) == rows for column in (records.path_ids, records.byte_offsets, records.nbytes))
+        and all(len(column) == rows for column in (records.payload_offsets, records.dtype_ids, records.crcs))
+        and all(
+            not column.size or (int(column.min()) >= low and int(column.max()) < high) for column, low, high in ranges
+        )
+        and bool((np.diff(first_rows)[columns.property_ids == NONE] == 1).all())
+        and bool(((records.payload_offsets < 0) == (records.dtype_ids < 0)).all())
+        and all(type(each) is str for each in records.paths)
+    )
+    if not is_sound:
+        raise CorruptCheckpointError(f"{path}: the columns of the index contradict each other", path=path)
+
+
+def _narrowed(array: Column) -> Column:
+    if array.dtype == np.uint8 or not array.size:
+        return np.ascontiguousarray(array)
+    low, high = int(array.min()), int(array.max())
+    kinds = (np.int8, np.int16, np.int32, np.int64)
+    return array.astype(next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
+
+
+def _crc_of(arrays: dict[str, Column]) -> int:
+    crc = 0
+    for name in sorted(arrays):
+        crc = (
+            crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(-1).data, crc) if arrays[name].size else crc
+        )
+    return crc
+
+
+def _encoded_properties(each: TensorProperties) -> tuple[Any, ...] | None:
+    if type(each) is not TensorProperties or each.layout not in _LAYOUTS or each.memory_format not in _MEMORY_FORMATS:
+        return None
+    return (
+        dtype_name(each.dtype),
+        _LAYOUTS.index(each.layout),
+        each.requires_grad,
+        _MEMORY_FORMATS.index(each.memory_format),
+        each.pin_memory,
+    )
+
+
+def _decoded_properties(
+    dtype: str, layout: int, requires_grad: bool, memory_format: int, pin_memory: bool
+) -> TensorProperties:
+    return TensorProperties(
+        _dtype(dtype), _LAYOUTS[layout], bool(requires_grad), _MEMORY_FORMATS[memory_format], bool(pin_memory)
+    )
+
+
+def _dtype(name: str) -> torch.dtype:
+    # Not by getattr, which would import what torch loads only on demand.
+    found = vars(torch).get(name)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return found

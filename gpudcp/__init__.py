@@ -1,6 +1,6 @@
 """gpudcp: ``dcp.save`` and ``dcp.load`` at the speed of the hardware; the files stay ordinary DCP checkpoints."""
 
-from gpudcp import errors
+from gpudcp import errors, planners
 from gpudcp.api import load, save
 from gpudcp.options import Options
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
@@ -20,6 +20,7 @@ __all__ = [
     "TransferReport",
     "errors",
     "load",
+    "planners",
     "probe",
     "save",
 ]

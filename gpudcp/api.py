@@ -133,8 +133,9 @@ def load(
             _logger.info("%s; loading the newer checkpoint", busy)
             storage_reader.reset()
             run_load(values, storage_reader, planner, ranks)
-    for key in sorted(state_dict):
-        if _is_stateful(state_dict[key]):
+    # Also what a planner has put there, as one does that rebuilds an empty state dict.
+    for key in sorted(loaded):
+        if key in state_dict and _is_stateful(state_dict[key]):
             state_dict[key].load_state_dict(loaded[key])
         else:
             state_dict[key] = loaded[key]

@@ -351,7 +351,7 @@ class ColumnMetadata(Metadata):
 
     def __reduce__(self) -> tuple[Any, ...]:
         if not self.is_unchanged:
-            return self.plain().__reduce_ex__(2)  # type: ignore[return-value]
+            return Metadata, tuple(vars(self.plain()).values())
         fields = {name: getattr(self, name) for name in ("storage_data", "storage_meta", "version")}
         return _made_again, (self.columns, self.row_records, fields)
 

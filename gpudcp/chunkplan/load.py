@@ -125,10 +125,22 @@ def plan_load(
     by_path: dict[str, list[ChunkRead]] = {}
     empty: list[int] = []
     for request in requests:
-        if 0 in request.lengths:
-            empty.append(request.position)
+        position, path, payload_offset, dtype, strides, storage_offset, offsets, lengths = request
+        numel, is_dense = _extent(strides, lengths)
+        nbytes = numel * dtype.itemsize
+        if numel == 0:
+            empty.append(position)
+            continue
+        chunks = by_path.get(path)
+        if chunks is None:
+            chunks = by_path[path] = []
+        if is_dense and nbytes <= slab_nbytes:  # most requests
+            first = storage_offset + sum(map(mul, offsets, strides)) if any(offsets) else storage_offset
+            start = payload_offset + first * dtype.itemsize
+            origin = (0,) * len(lengths)
+            chunks.append(ChunkRead(position, start, nbytes, dtype, strides, origin, lengths, True))
         else:
-            by_path.setdefault(request.path, []).extend(_chunks(request, slab_nbytes, gap_nbytes))
+            chunks.extend(_chunks(request, slab_nbytes, gap_nbytes))
     reads = [
         read
         for path in sorted(by_path)
@@ -142,14 +154,11 @@ _BYTE_OFFSET = attrgetter("byte_offset")
 
 
 def _chunks(request: ReadRequest, slab_nbytes: int, gap_nbytes: int) -> Iterable[ChunkRead]:
+    """The boxes that a request is cut into."""
     position, _, payload_offset, dtype, strides, storage_offset, offsets, lengths = request
     itemsize = dtype.itemsize
     first = storage_offset + sum(map(mul, offsets, strides))
-    numel, is_dense = _extent(strides, lengths)
     origin = (0,) * len(lengths)
-    if is_dense and numel * itemsize <= slab_nbytes:  # most requests
-        start = payload_offset + first * itemsize
-        return (ChunkRead(position, start, numel * itemsize, dtype, strides, origin, lengths, True),)
     return [
         ChunkRead(
             position,
@@ -242,6 +251,15 @@ def _with_segments(
         path, cursor, nbytes, _, _ = check
         first = bisect_right(ends, (path, cursor), lo=first)
         end = cursor + nbytes
+        if (
+            first < len(reads)
+            and cursor >= (at := reads[first]).byte_offset
+            and end <= ends[first][1]
+            and at.path == path
+        ):
+            segments[first].append(Segment(len(covered), cursor - at.byte_offset, nbytes))  # nearly always
+            covered.append(check)
+            continue
         found: list[tuple[int, Segment]] = []
         for number in range(first, len(reads)):
             read_path, read_start, read_nbytes, _, _, _ = reads[number]

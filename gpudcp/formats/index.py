@@ -84,8 +84,8 @@ def encode_index(metadata: Metadata, records: ItemRecords, *, nbytes: int, crc: 
         "properties": properties,
         "paths": row_records.paths,
         "dtypes": [dtype_name(dtype) for dtype in row_records.dtypes],
-        "crc32": _crc_of(arrays),
     }
+    header["crc32"] = _crc_of(arrays, header)
     return safetensors.numpy.save(arrays, {_HEADER: json.dumps(header)})
 
 
@@ -110,11 +110,12 @@ def _decoded(data: bytes, path: str, nbytes: int, crc: int) -> ColumnMetadata | 
     if header["format"] != _FORMAT or (header["metadata_nbytes"], header["metadata_crc32"]) != (nbytes, crc):
         return None
     arrays = safetensors.numpy.load(data)
-    if (found := _crc_of(arrays)) != header["crc32"]:
+    expected = header.pop("crc32")
+    if (found := _crc_of(arrays, header)) != expected:
         raise CorruptCheckpointError(
-            f"{path}: CRC-32 is {found:#010x}, the header says {header['crc32']:#010x}",
+            f"{path}: CRC-32 is {found:#010x}, the header says {expected:#010x}",
             path=path,
-            expected_crc32=header["crc32"],
+            expected_crc32=expected,
             found_crc32=found,
         )
     names = Names.unpacked(arrays["names"].tobytes())
@@ -128,16 +129,17 @@ def _decoded(data: bytes, path: str, nbytes: int, crc: int) -> ColumnMetadata | 
         boxes=arrays["boxes"].astype(np.int64),
         row_boxes=arrays["row_boxes"].astype(np.int32),
     )
+    numbers = {
+        name: arrays[name].astype(np.int64)
+        for name in ("path_ids", "byte_offsets", "nbytes", "payload_offsets", "dtype_ids", "crcs")
+    }
+    _check(columns, numbers, header, path)
     records = ItemRecords(
         indices=_row_indices(columns),
         paths=header["paths"],
         dtypes=[_dtype(name) for name in header["dtypes"]],
-        **{
-            name: arrays[name].astype(np.int64)
-            for name in ("path_ids", "byte_offsets", "nbytes", "payload_offsets", "dtype_ids", "crcs")
-        },
+        **numbers,
     )
-    _check(columns, records, path)
     meta = StorageMeta(header["checkpoint_id"], header["save_id"], modules=header["modules"])
     return ColumnMetadata(columns, records, storage_meta=meta, version=header["version"])
 
@@ -192,7 +194,7 @@ def _rows_of(columns: CheckpointColumns, indices: Indices) -> Int64 | None:
     return rows if bool((same | is_object).all()) else None
 
 
-def _check(columns: CheckpointColumns, records: ItemRecords, path: str) -> None:
+def _check(columns: CheckpointColumns, numbers: dict[str, Int64], header: dict[str, Any], path: str) -> None:
     """That every number is one of a row that exists, so that nothing later has to ask."""
     entries, rows, dims = len(columns.names), columns.nrows, columns.boxes.shape[2]
     first_rows = columns.first_rows
@@ -200,12 +202,12 @@ def _check(columns: CheckpointColumns, records: ItemRecords, path: str) -> None:
         (columns.property_ids, NONE, len(columns.properties)),
         (columns.ndims, 0, dims + 1),
         (columns.row_boxes, 0, max(len(columns.boxes), 1)),
-        (records.path_ids, 0, len(records.paths)),
-        (records.dtype_ids, NONE, len(records.dtypes)),
-        (records.byte_offsets, 0, 1 << 62),
-        (records.nbytes, 0, 1 << 62),
-        (records.payload_offsets, NONE, 1 << 62),
-        (records.crcs, NONE, 1 << 32),
+        (numbers["path_ids"], 0, len(header["paths"])),
+        (numbers["dtype_ids"], NONE, len(header["dtypes"])),
+        (numbers["byte_offsets"], 0, 1 << 62),
+        (numbers["nbytes"], 0, 1 << 62),
+        (numbers["payload_offsets"], NONE, 1 << 62),
+        (numbers["crcs"], NONE, 1 << 32),
         (columns.boxes, 0, 1 << 62),
         (columns.sizes, 0, 1 << 62),
     )
@@ -216,14 +218,13 @@ def _check(columns: CheckpointColumns, records: ItemRecords, path: str) -> None:
         and first_rows[0] == 0
         and first_rows[-1] == rows
         and bool((np.diff(first_rows) >= 0).all())
-        and all(len(column) == rows for column in (records.path_ids, records.byte_offsets, records.nbytes))
-        and all(len(column) == rows for column in (records.payload_offsets, records.dtype_ids, records.crcs))
+        and all(len(column) == rows for column in numbers.values())
         and all(
             not column.size or (int(column.min()) >= low and int(column.max()) < high) for column, low, high in ranges
         )
         and bool((np.diff(first_rows)[columns.property_ids == NONE] == 1).all())
-        and bool(((records.payload_offsets < 0) == (records.dtype_ids < 0)).all())
-        and all(type(each) is str for each in records.paths)
+        and bool(((numbers["payload_offsets"] < 0) == (numbers["dtype_ids"] < 0)).all())
+        and all(type(each) is str for each in header["paths"])
     )
     if not is_sound:
         raise CorruptCheckpointError(f"{path}: the columns of the index contradict each other", path=path)
@@ -237,12 +238,11 @@ def _narrowed(array: Column) -> Column:
     return array.astype(next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
 
 
-def _crc_of(arrays: dict[str, Column]) -> int:
-    crc = 0
+def _crc_of(arrays: dict[str, Column], header: dict[str, Any]) -> int:
+    crc = crc32(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
-        crc = (
-            crc32(np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(-1).data, crc) if arrays[name].size else crc
-        )
+        data = np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(-1)
+        crc = crc32(data.tobytes(), crc)
     return crc
 
 

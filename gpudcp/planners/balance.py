@@ -71,7 +71,7 @@ def assign(replicas: Replicas, loads: Float64) -> Assigned:
         whole = np.nonzero(~is_cut)[0]
         at, writer = groups[whole], middle[whole]
         parts.append(_whole(replicas.order[replicas.starts[at] + writer]))
-        written = np.bincount(writer, weights=nbytes[whole], minlength=len(ranks))
+        written = np.bincount(writer, weights=nbytes[whole], minlength=len(ranks)).astype(np.float64)
         for number in np.nonzero(is_cut)[0].tolist():
             group = groups[number]
             assert replicas.nrows is not None

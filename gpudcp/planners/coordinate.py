@@ -290,7 +290,7 @@ def _check_entries(items: _Items, rows: Int64, row_templates: Int32, first_rows:
     if len(wrong := np.nonzero((found != found[firsts]) | is_alone)[0]):
         row = int(wrong[0])
         other = int(firsts[row]) if firsts[row] != row else row + 1
-        one, two = int(rows[other]), int(rows[row])
+        one, two = sorted((int(rows[other]), int(rows[row])))
         raise PlanError(
             f"{items.fqn(one)}: two write items that are not shards of one tensor: {items.describe(one)}; "
             f"{items.describe(two)}"

@@ -29,7 +29,7 @@ from gpudcp.chunkplan.load import (
     whole_payload_request,
 )
 from gpudcp.collector import collector_paused
-from gpudcp.columns import NONE, ItemRecords
+from gpudcp.columns import NONE, ItemRecords, distinct_rows
 from gpudcp.errors import (
     CheckpointBusyError,
     CheckpointNotFoundError,
@@ -338,15 +338,23 @@ class _Needs:
         at = np.nonzero(is_payload & ~is_outside & ~is_wrong)[0]
         paths, dtypes = records.paths, records.dtypes
         names = [paths[path_id] for path_id in path_ids[at].tolist()]
-        ndims = items.ndims[at].tolist()
-        boxes = [
-            (tuple(size[:n]), tuple(offsets[:n]), tuple(lengths[:n]))
-            for size, (_, offsets, lengths), n in zip(sizes[at].tolist(), items.boxes[at].tolist(), ndims, strict=True)
+        # A few shapes are shared by all: each is made once.
+        table = np.concatenate([items.ndims[at, None], sizes[at], items.boxes[at, 1], items.boxes[at, 2]], axis=1)
+        first, shape_ids = distinct_rows(table)
+        dims = sizes.shape[1]
+        shapes = [
+            (row_major_strides(tuple(row[:n])), tuple(row[dims : dims + n]), tuple(row[2 * dims : 2 * dims + n]))
+            for n, *row in table[first].tolist()
         ]
         self._requests += [
-            ReadRequest(position, path, payload, dtypes[dtype_id], row_major_strides(size), 0, offsets, lengths)
-            for position, path, payload, dtype_id, (size, offsets, lengths) in zip(
-                at.tolist(), names, payloads[at].tolist(), records.dtype_ids[rows][at].tolist(), boxes, strict=True
+            ReadRequest(position, path, payload, dtypes[dtype_id], strides, 0, offsets, lengths)
+            for position, path, payload, dtype_id, (strides, offsets, lengths) in zip(
+                at.tolist(),
+                names,
+                payloads[at].tolist(),
+                records.dtype_ids[rows][at].tolist(),
+                [shapes[shape_id] for shape_id in shape_ids.tolist()],
+                strict=True,
             )
         ]
         self.payload_nbytes += int((items.boxes[at, 2].prod(axis=1) * itemsizes[at]).sum())

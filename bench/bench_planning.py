@@ -17,16 +17,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Sharding
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gpudcp
 from bench.measure import Contender, Rounds, compare
 from bench.places import empty_directory
 from bench.results import Suite, Table
+from bench.sizes import Sizes
 from gpudcp._dcp import StorageInfo
 from gpudcp.columns import OBJECT, SHARD, TENSOR, ItemRecords, Names, SaveColumns, TemplateTable
 from gpudcp.storage.results import WriteResults
@@ -92,7 +98,7 @@ def test_coordinating_beside_torch(
 
 
 @pytest.mark.parametrize("kind", ["mixed", "replicated", "own", "stages", "grid"])
-@pytest.mark.parametrize("ranks", [256, 1024, 4096, 8192])
+@pytest.mark.parametrize("ranks", [256, 2048, 8192])
 def test_scaling(benchmark: BenchmarkFixture, suite: Suite, tmpfs: Path, kind: str, ranks: int) -> None:
     """gpudcp alone, on a curve."""
     tensors = 1000 if kind == "mixed" else 250
@@ -120,6 +126,91 @@ def test_scaling(benchmark: BenchmarkFixture, suite: Suite, tmpfs: Path, kind: s
         suite.expect(f"coordinate {job}: peak of the process", peak_gib, "at most", 6, " GiB")
     if kind == "own":
         suite.expect(f"{job}: bytes an item", per_item, "at most", 64, " B")
+
+
+def test_opening_a_checkpoint_and_planning_one_ranks_load(
+    benchmark: BenchmarkFixture, suite: Suite, sizes: Sizes, tmpfs: Path
+) -> None:
+    """Each its own checkpoint of the same job, loaded by a rank of the same sharding; the collector is paused."""
+    job = Job(1024, 400, "good") if suite.is_full else Job(8, 20, "good")
+    directories = {GPUDCP: empty_directory(tmpfs / "ours"), TORCH: empty_directory(tmpfs / "torch")}
+    _coordinate(_ours(job), directories[GPUDCP])
+    _coordinate_by_torch(_torchs(job), directories[TORCH])
+    rank = job.ranks // 2
+    wanted: dict[str, DTensor] = {}
+    nitems: dict[str, int] = {}
+
+    def opened(name: str, reader: Any, planner: Any) -> Contender:
+        def run() -> None:
+            own = reader(directories[name])
+            metadata = own.read_metadata()
+            used = planner()
+            used.set_up_planner(dict(wanted), metadata, is_coordinator=False)
+            own.set_up_storage_reader(metadata, is_coordinator=False)
+            nitems[name] = len(used.create_local_plan().items)
+
+        def check() -> None:
+            if nitems[name] != job.tensors:
+                raise ValueError(f"{nitems[name]} read items for {job.tensors} tensors")
+
+        return Contender(name=name, run=_with_collector_paused(run), check=check)
+
+    contenders = [
+        opened(GPUDCP, gpudcp.GpuStorageReader, gpudcp.DefaultLoadPlanner),
+        opened(TORCH, dcp.FileSystemReader, dcp.DefaultLoadPlanner),
+    ]
+    with _ranks(job.ranks, rank) as mesh:
+        for name, _, _, _, lengths in _shapes(job, rank):
+            local = torch.empty(lengths, dtype=torch.bfloat16)
+            wanted[name] = DTensor.from_local(local, mesh, [Sharding(0)])
+        timings = compare(benchmark, contenders, Rounds(measured=min(sizes.rounds.measured, 3), warm_up=0))
+    suite.add_timings(f"open {job}, and plan one rank's load", timings, nbytes=0)
+    suite.expect_speed(f"open {job}, and plan one rank's load", timings, GPUDCP, [TORCH], 30)
+
+
+def test_local_plans_of_dtensors(benchmark: BenchmarkFixture, suite: Suite, sizes: Sizes) -> None:
+    """The second and later saves of a rank of 64, of tensors in nine shapes; planners are used again."""
+    count = 2000 if suite.is_full else 50
+    with _ranks(64, 5) as mesh:
+        state = {
+            f"layers.{n // 9}.{n % 9}.weight": DTensor.from_local(torch.zeros(2, 8 * (1 + n % 9)), mesh, [Sharding(0)])
+            for n in range(count)
+        }
+        ours, cached = gpudcp.DefaultSavePlanner(), gpudcp.DefaultSavePlanner(enable_plan_caching=True)
+        theirs = dcp.DefaultSavePlanner()
+
+        def local(planner: Any) -> Any:
+            planner.set_up_planner(dict(state), is_coordinator=False)
+            return planner.create_local_plan()
+
+        def unchanged() -> None:
+            if local(cached).usable:
+                raise ValueError("the plan was sent again")
+            cached.finish_plan(SavePlan([], usable=False))
+
+        local(ours)
+        cached.finish_plan(local(cached))
+        contenders = [
+            Contender(name=GPUDCP, run=lambda: local(ours)),
+            Contender(name="gpudcp, cached, to finish_plan", run=unchanged),
+            Contender(name=TORCH, run=_with_collector_paused(lambda: local(theirs))),
+        ]
+        timings = compare(benchmark, contenders, sizes.rounds)
+    suite.add_timings(f"set_up_planner and create_local_plan, {count:,} DTensors", timings, nbytes=0)
+    per_tensor_us = timings[GPUDCP].median_s / count * 1e6
+    suite.expect("local plan of cached DTensors, a tensor", per_tensor_us, "at most", 5, " us")
+    cached_ms = timings["gpudcp, cached, to finish_plan"].median_s * 1e3
+    suite.expect(f"second save of {count:,} unchanged items, a rank", cached_ms, "at most", 5, " ms")
+
+
+@contextmanager
+def _ranks(count: int, rank: int) -> Iterator[Any]:
+    """A mesh of as many ranks, of which this process is one, and which never talk to each other."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=count)
+    try:
+        yield init_device_mesh("cpu", (count,))
+    finally:
+        dist.destroy_process_group()
 
 
 def _shapes(job: Job, rank: int) -> Iterator[tuple[str, int, Size, Size, Size]]:

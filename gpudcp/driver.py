@@ -73,8 +73,8 @@ def run_load(
 ) -> None:
     """Load into what ``state_dict`` returns, in which no value is Stateful any more."""
     own: list[LoadPlan] = []
-    stays_local = isinstance(reader, GpuStorageReader) and are_untouched(
-        planner, ("create_global_plan",), DefaultLoadPlanner
+    stays_local = are_untouched(planner, ("create_global_plan",), DefaultLoadPlanner) and are_untouched(
+        reader, ("prepare_global_plan",), GpuStorageReader
     )
 
     def local_plan() -> tuple[LoadPlan, bool]:

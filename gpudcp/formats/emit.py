@@ -41,6 +41,8 @@ _NONE = b"N"
 _SET = b"s"  # SETITEM
 _APPEND = b"a"
 
+_PLACED_AT_ONCE = 1 << 16
+
 Column = NDArray[Any]
 
 
@@ -65,21 +67,19 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
     shared += [metadata.storage_meta, metadata.version]
     memo = _Memo(shared, list(names), None if metadata.planner_data is None else dict(metadata.planner_data))
     emitter = _Emitter(memo)
-    body = b"".join(
-        (
-            emitter.get(Metadata) + _NEW + _STATE,
-            emitter.get_word("state_dict_metadata") + b"}",
-            emitter.entries(entries),
-            emitter.get_word("planner_data") + memo.planner_data,
-            emitter.get_word("storage_data") + b"}",
-            emitter.records(records, record_offsets),
-            emitter.get_word("storage_meta") + emitter.get_or_none(metadata.storage_meta),
-            emitter.get_word("version") + emitter.get_or_none(metadata.version) + _BUILD,
-            b".",
-        )
-    )
+    body: list[bytes | memoryview] = [
+        emitter.get(Metadata) + _NEW + _STATE,
+        emitter.get_word("state_dict_metadata") + b"}",
+        emitter.entries(entries),
+        emitter.get_word("planner_data") + memo.planner_data,
+        emitter.get_word("storage_data") + b"}",
+        *emitter.records(records, record_offsets),
+        emitter.get_word("storage_meta") + emitter.get_or_none(metadata.storage_meta),
+        emitter.get_word("version") + emitter.get_or_none(metadata.version) + _BUILD,
+        b".",
+    ]
     # A frame, because a file object without peek() is otherwise read opcode by opcode.
-    return memo.pickled + b"\x95" + len(body).to_bytes(8, "little") + body
+    return b"".join((memo.pickled, b"\x95", sum(map(len, body)).to_bytes(8, "little"), *body))
 
 
 class _Entries(NamedTuple):
@@ -258,7 +258,7 @@ class _Emitter:
         """The memo indices of these objects."""
         return np.fromiter(map(self._memo.__getitem__, map(id, values)), dtype="<u4", count=len(values))
 
-    def entries(self, entries: _Entries) -> bytes:
+    def entries(self, entries: _Entries) -> memoryview:
         """The entries of ``state_dict_metadata``, in its order, for the dict below them."""
         n, is_tensor, counts = len(entries.names), entries.is_tensor, entries.counts
         keys = np.fromiter(map(self._numbers.__getitem__, entries.names), dtype="<u4", count=n)
@@ -288,9 +288,9 @@ class _Emitter:
         _place(out, np.repeat(first_chunk, counts) + within * chunks.shape[1], chunks)
         _place(out, first_chunk + counts * chunks.shape[1], np.broadcast_to(tail, (len(starts), len(tail))))
         _place(out, (ends - lengths)[~is_tensor], objects)
-        return out.tobytes()
+        return out.data
 
-    def records(self, records: ItemRecords, offsets: list[Any]) -> bytes:
+    def records(self, records: ItemRecords, offsets: list[Any]) -> list[memoryview]:
         """The entries of ``storage_data`` for the dict below them, those of one form after the other."""
         n, indices = len(records), records.indices
         numbers = map(self._numbers.__getitem__, indices.names.fqns)
@@ -323,9 +323,9 @@ class _Emitter:
                     self.get_word("length") + _INT, records.nbytes[at],
                     self.get_word("gpudcp"), *payload, *((_INT, records.crcs[at]) if kind & 1 else (_NONE,)),
                     b"\x87" + _BUILD + _SET,
-                ).tobytes()
+                ).reshape(-1).data
             )  # fmt: skip
-        return b"".join(parts)
+        return parts
 
 
 def _rows(*parts: bytes | Column) -> NDArray[np.uint8]:
@@ -344,5 +344,7 @@ def _rows(*parts: bytes | Column) -> NDArray[np.uint8]:
 
 
 def _place(out: NDArray[np.uint8], starts: Column, rows: NDArray[np.uint8]) -> None:
-    if len(rows):
-        out[starts[:, None] + np.arange(rows.shape[1])] = rows
+    places = np.arange(rows.shape[1])
+    for first in range(0, len(rows), _PLACED_AT_ONCE):  # the places take eight times what the bytes do
+        block = slice(first, first + _PLACED_AT_ONCE)
+        out[starts[block, None] + places] = rows[block]

@@ -158,10 +158,10 @@ def _resolves_to_the_state_dict(planner: SavePlanner) -> bool:
     return any(are_untouched(planner, names, each) for each in (DefaultSavePlanner, TorchSavePlanner))
 
 
-def are_untouched(planner: object, names: Sequence[str], owner: type) -> bool:
-    """Whether these methods are ``owner``'s: overridden neither by a subclass nor on the planner itself."""
-    kind = type(planner)
-    return all(getattr(kind, name, None) is getattr(owner, name, None) and name not in vars(planner) for name in names)
+def are_untouched(value: object, names: Sequence[str], owner: type) -> bool:
+    """Whether these methods of a value are ``owner``'s: overridden neither by a subclass nor on the value itself."""
+    kind, own = type(value), getattr(value, "__dict__", {})
+    return all(getattr(kind, name, None) is getattr(owner, name, None) and name not in own for name in names)
 
 
 def _usable_resolve_source(planner: SavePlanner) -> Callable[[WriteItem], torch.Tensor] | None:

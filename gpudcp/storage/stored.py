@@ -14,10 +14,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from gpudcp._dcp import ItemExtras, item_extras
 from gpudcp.boxes import row_major_strides
+from gpudcp.columns import CheckpointColumns, ItemRecords
 from gpudcp.errors import CorruptCheckpointError, MissingKeyError, PlanError, TransferError, UnsafeCheckpointError
 from gpudcp.files.posix import PosixReader
 from gpudcp.formats.archive import StoredTensor, read_stored_tensor
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
+from gpudcp.views import ColumnMetadata
 
 
 class StoredItem(NamedTuple):
@@ -42,6 +44,14 @@ class StoredItems:
         self._tensors = metadata.state_dict_metadata
         self._directory = directory
         self._safe_paths: set[str] = set()
+        self._metadata = metadata
+
+    @cached_property
+    def _rows(self) -> _Rows | None:
+        metadata = self._metadata
+        if not (isinstance(metadata, ColumnMetadata) and metadata.is_unchanged) or metadata.row_records is None:
+            return None
+        return _Rows(metadata.columns, metadata.row_records)
 
     @cached_property
     def _by_fqn(self) -> dict[str, tuple[MetadataIndex, Any]]:
@@ -67,6 +77,8 @@ class StoredItems:
 
     def likely_paths(self, items: Sequence[ReadItem]) -> set[str]:
         """The same, found at once where there are as many items as records: it may name files that are not needed."""
+        if self._rows is not None:
+            return self.paths(items)
         records = self._records
         if len(records) == len(items):  # a load of everything, most of the time
             found = {getattr(info, "relative_path", None) for info in records.values()}
@@ -84,6 +96,10 @@ class StoredItems:
             CorruptCheckpointError: its record is no record.
             UnsafeCheckpointError: its file lies outside the directory.
         """
+        if self._rows is not None and (place := self._rows.find(index)) is not None:
+            if place.path not in self._safe_paths:
+                self._check_inside(place.path, index.fqn)
+            return place
         known = self._by_fqn.get(index.fqn)
         info = known[1] if known is not None and known[0].offset == index.offset else self._records.get(index)
         if info is None:
@@ -125,6 +141,34 @@ class StoredItems:
                 f"{self._directory}: {fqn}: the file {path!r} lies outside the checkpoint", refused=path
             )
         self._safe_paths.add(path)
+
+
+class _Rows:
+    """The rows of a checkpoint's columns as lists: looked up by an index and its hint, without making any object."""
+
+    def __init__(self, columns: CheckpointColumns, records: ItemRecords) -> None:
+        self._numbers = columns.numbers
+        self._first_rows = columns.first_rows.tolist()
+        self._offsets = [records.indices.offsets[number] for number in records.indices.offset_ids.tolist()]
+        self._paths = [records.paths[number] for number in records.path_ids.tolist()]
+        self._starts, self._nbytes = records.byte_offsets.tolist(), records.nbytes.tolist()
+        self._payloads, self._crcs = records.payload_offsets.tolist(), records.crcs.tolist()
+        self._dtypes = [*records.dtypes, None]
+        self._dtype_ids = records.dtype_ids.tolist()
+
+    def find(self, index: MetadataIndex) -> StoredItem | None:
+        """The item's place; None where the hint is not right: then the index has to be searched for."""
+        number = self._numbers.get(index.fqn)
+        if number is None:
+            return None
+        row = self._first_rows[number] + (index.index or 0)
+        if not self._first_rows[number] <= row < self._first_rows[number + 1] or self._offsets[row] != index.offset:
+            return None
+        payload, crc = self._payloads[row], self._crcs[row]
+        extras = ItemExtras(
+            None if payload < 0 else payload, self._dtypes[self._dtype_ids[row]], None if crc < 0 else crc
+        )
+        return StoredItem(index.fqn, self._paths[row], self._starts[row], self._nbytes[row], (), extras)
 
 
 def check_range(item: StoredItem, file: PosixReader) -> None:

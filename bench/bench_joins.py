@@ -5,9 +5,7 @@ The garbage collector is paused for both: it would be half of torch's time, and 
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +19,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from bench.measure import Contender, Timings, compare
 from bench.results import Suite, Table
 from bench.sizes import Sizes
+from gpudcp.collector import collector_paused
 from gpudcp.planners.joins import Int64, Overlaps, overlaps, overlaps_batch
 
 SUBJECT, PEER = "gpudcp", "torch"
@@ -151,12 +150,12 @@ def _compare(
     items: dict[str, list[list[ReadItem]]] = {}
 
     def run_ours() -> None:
-        with _collector_paused():
+        with collector_paused():
             for _ in range(calls):
                 found["last"] = run()
 
     def run_theirs() -> None:
-        with _collector_paused():
+        with collector_paused():
             for _ in range(calls):
                 items["last"] = run_torch()
 
@@ -178,15 +177,6 @@ def _compare(
     # Checked after our own turn, which is the last one of each round.
     contenders = [Contender(name=SUBJECT, run=run_ours, check=check), Contender(name=PEER, run=run_theirs)]
     return compare(benchmark, contenders, sizes.rounds)
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 _COLUMNS = ("", f"{SUBJECT} us", f"{PEER} us", f"{PEER} / {SUBJECT}")

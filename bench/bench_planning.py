@@ -6,10 +6,9 @@ what goes back; then unpickle the write results, make the metadata and write it.
 
 from __future__ import annotations
 
-import gc
 import pickle
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +33,7 @@ from bench.places import empty_directory
 from bench.results import Suite, Table
 from bench.sizes import Sizes
 from gpudcp._dcp import StorageInfo
+from gpudcp.collector import collector_paused
 from gpudcp.columns import OBJECT, SHARD, TENSOR, ItemRecords, Names, SaveColumns, TemplateTable
 from gpudcp.storage.results import WriteResults
 from gpudcp.views import Paths, WriteItems
@@ -76,18 +76,18 @@ def test_coordinating_beside_torch(
     found: dict[str, Any] = {}
 
     def run_ours() -> None:
-        found[GPUDCP] = _coordinate(ours, empty_directory(tmpfs / "ours"))
+        found[GPUDCP] = _coordinated(ours, empty_directory(tmpfs / "ours"))
 
     def run_theirs() -> None:
-        found[TORCH] = _coordinate_by_torch(theirs, empty_directory(tmpfs / "torch"))
+        found[TORCH] = _coordinated_by_torch(theirs, empty_directory(tmpfs / "torch"))
 
     def check() -> None:
         if found[GPUDCP].state_dict_metadata != found[TORCH].state_dict_metadata:
             raise ValueError("the metadata differ")
 
     contenders = [
-        Contender(name=GPUDCP, run=_with_collector_paused(run_ours), check=check),
-        Contender(name=TORCH, run=_with_collector_paused(run_theirs)),
+        Contender(name=GPUDCP, run=collector_paused()(run_ours), check=check),
+        Contender(name=TORCH, run=collector_paused()(run_theirs)),
     ]
     timings = compare(benchmark, contenders, Rounds(measured=1, warm_up=0))
     suite.add_timings(str(job), timings, nbytes=sum(map(len, ours.plans)))
@@ -106,7 +106,7 @@ def test_scaling(benchmark: BenchmarkFixture, suite: Suite, tmpfs: Path, kind: s
     messages = _ours(job)
 
     def run() -> None:
-        _coordinate(messages, empty_directory(tmpfs / "ours"))
+        _coordinated(messages, empty_directory(tmpfs / "ours"))
 
     timings = compare(benchmark, [Contender(name=GPUDCP, run=run)], Rounds(measured=1, warm_up=0))
     seconds = timings[GPUDCP].median_s
@@ -134,8 +134,8 @@ def test_opening_a_checkpoint_and_planning_one_ranks_load(
     """Each its own checkpoint of the same job, loaded by a rank of the same sharding; the collector is paused."""
     job = Job(1024, 400, "good") if suite.is_full else Job(8, 20, "good")
     directories = {GPUDCP: empty_directory(tmpfs / "ours"), TORCH: empty_directory(tmpfs / "torch")}
-    _coordinate(_ours(job), directories[GPUDCP])
-    _coordinate_by_torch(_torchs(job), directories[TORCH])
+    _coordinated(_ours(job), directories[GPUDCP])
+    _coordinated_by_torch(_torchs(job), directories[TORCH])
     rank = job.ranks // 2
     wanted: dict[str, DTensor] = {}
     nitems: dict[str, int] = {}
@@ -153,7 +153,7 @@ def test_opening_a_checkpoint_and_planning_one_ranks_load(
             if nitems[name] != job.tensors:
                 raise ValueError(f"{nitems[name]} read items for {job.tensors} tensors")
 
-        return Contender(name=name, run=_with_collector_paused(run), check=check)
+        return Contender(name=name, run=collector_paused()(run), check=check)
 
     contenders = [
         opened(GPUDCP, gpudcp.GpuStorageReader, gpudcp.DefaultLoadPlanner),
@@ -193,7 +193,7 @@ def test_local_plans_of_dtensors(benchmark: BenchmarkFixture, suite: Suite, size
         contenders = [
             Contender(name=GPUDCP, run=lambda: local(ours)),
             Contender(name="gpudcp, cached, to finish_plan", run=unchanged),
-            Contender(name=TORCH, run=_with_collector_paused(lambda: local(theirs))),
+            Contender(name=TORCH, run=collector_paused()(lambda: local(theirs))),
         ]
         timings = compare(benchmark, contenders, sizes.rounds)
     suite.add_timings(f"set_up_planner and create_local_plan, {count:,} DTensors", timings, nbytes=0)
@@ -302,9 +302,8 @@ def _torchs(job: Job) -> Messages:
     return Messages(plans, results, nitems)
 
 
-def _coordinate(messages: Messages, directory: Path) -> Any:
-    writer = gpudcp.GpuStorageWriter(directory)
-    planner = gpudcp.DefaultSavePlanner()
+def _coordinate(messages: Messages, writer: Any, planner: Any) -> Any:
+    """The coordinator's calls of one save, in DCP's order."""
     planner.set_up_planner({}, storage_meta=writer.storage_meta(), is_coordinator=True)
     writer.set_up_storage_writer(True)
     plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in messages.plans])
@@ -314,30 +313,9 @@ def _coordinate(messages: Messages, directory: Path) -> Any:
     return metadata
 
 
-def _coordinate_by_torch(messages: Messages, directory: Path) -> Any:
-    writer = dcp.FileSystemWriter(directory)
-    planner = dcp.DefaultSavePlanner()
-    planner.set_up_planner({}, storage_meta=writer.storage_meta(), is_coordinator=True)
-    writer.set_up_storage_writer(True)
-    plans, metadata = planner.create_global_plan([pickle.loads(plan) for plan in messages.plans])
-    for plan in writer.prepare_global_plan(plans):
-        pickle.dumps(plan)
-    writer.finish(metadata, [pickle.loads(results) for results in messages.results])
-    return metadata
+def _coordinated(messages: Messages, directory: Path) -> Any:
+    return _coordinate(messages, gpudcp.GpuStorageWriter(directory), gpudcp.DefaultSavePlanner())
 
 
-def _with_collector_paused(run: Callable[[], None]) -> Callable[[], None]:
-    def paused() -> None:
-        with _collector_paused():
-            run()
-
-    return paused
-
-
-@contextmanager
-def _collector_paused() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
+def _coordinated_by_torch(messages: Messages, directory: Path) -> Any:
+    return _coordinate(messages, dcp.FileSystemWriter(directory), dcp.DefaultSavePlanner())

@@ -1,8 +1,8 @@
 """Turn what a load needs into a load chunk plan: the fewest bytes, in file order, in few calls. Pure.
 
 Cost model. A read of its own costs about as much as reading `READ_GAP_NBYTES` more, so a gap up to that length is read
-and thrown away, and a longer one is skipped by a second read. The constant is what 40 us, a system call with its share
-of Python and of a device's latency, move at 1.6 GB/s, a cold read of one local disk (measured: see bench/results).
+and thrown away, and a longer one is skipped by a second read. The constant is an estimate: what a cold read of
+one local disk, at 3 GB/s (bench/results), moves in 20 us, a system call with its share of Python and of latency.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class HostSlab:
     """One page-aligned host buffer: as a memoryview, as a flat uint8 tensor, and as an address.
 
     On huge pages where the kernel has them: a direct write of 4 MiB then is a handful of segments instead of a
-    thousand (measured on one ext4 disk: 0.98x of a raw O_DIRECT write instead of 0.83x; see bench/results).
+    thousand.
     """
 
     __slots__ = ("address", "nbytes", "tensor", "view")

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 from gpudcp.errors import BackendUnavailableError
 
-# Direct writes skip a copy and the page cache. On these local file systems they win (ext4 in bench/results: 2.1 GB/s with
-# fsync, buffered 0.5); on tmpfs there is nothing to skip, and on some parallel file systems they lose several-fold, so
-# every type that is not named is written through the page cache.
+# Direct writes skip a copy and the page cache. On these local file systems they win (ext4 in bench/results: 2.1 GB/s
+# with fsync, buffered 0.5); on tmpfs there is nothing to skip, and on some parallel file systems they lose
+# several-fold, so every type that is not named is written through the page cache.
 _DIRECT_WRITE_TYPES = frozenset({"ext4", "xfs"})
 
 

@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.utils import find_state_dict_object
 
-from gpudcp.columns import CheckpointColumns, Path, SaveColumns
+from gpudcp.columns import OBJECT, CheckpointColumns, Path, SaveColumns
 from gpudcp.errors import PlanError
 from gpudcp.formats.objects import DumpedObject
 from gpudcp.planners.casts import CastRule, DtypeRequest
@@ -149,7 +148,8 @@ class DefaultSavePlanner(SavePlanner):
         lengths = columns.templates.boxes[:, 2].tolist()
         kinds_and_ndims = columns.templates.heads[:, ::2].tolist()
         shapes = [
-            None if kind == 3 else tuple(n[:ndim]) for n, (kind, ndim) in zip(lengths, kinds_and_ndims, strict=True)
+            None if kind == OBJECT else tuple(n[:ndim])
+            for n, (kind, ndim) in zip(lengths, kinds_and_ndims, strict=True)
         ]
         items = WriteItems(columns)
         for row, (tensor, template) in enumerate(zip(found, columns.template_ids.tolist(), strict=True)):
@@ -230,7 +230,7 @@ class _PlanCache:
     """
 
     def __init__(self) -> None:
-        self._sent: tuple[SaveColumns, bytes] | None = None
+        self._sent: bytes | None = None
         self._final: SavePlan | None = None
         self._is_open = False
         self._everybody: list[_Known] = []
@@ -241,9 +241,10 @@ class _PlanCache:
         if self._is_open:  # the last save ended before `finish`
             self._sent = self._final = None
         self._is_open = True
-        if self._sent is not None and self._final is not None and _are_equal(columns, self._sent[0]):
-            return self._sent[1]
-        self._sent, self._final = (columns, digest_of(columns)), None
+        digest = digest_of(columns)
+        if self._final is not None and digest == self._sent:
+            return digest
+        self._sent, self._final = digest, None
         return None
 
     def coordinated(self, plans: list[SavePlan], coordinate: Any) -> tuple[list[SavePlan], CheckpointColumns]:
@@ -259,7 +260,7 @@ class _PlanCache:
         sent: list[SavePlan] = []
         for rank, (plan, (digest, own), final) in enumerate(zip(plans, local, columns, strict=True)):
             full = _replaced(plan if plan.usable else known[rank].plan, final)
-            is_same = not plan.usable and _are_equal(final, _columns_of_plan(known[rank].plan))
+            is_same = not plan.usable and digest_of(final) == digest_of(_columns_of_plan(known[rank].plan))
             sent.append(SavePlan([], usable=False) if is_same else full)
             made.append(_Known(digest, own, full))
         self._everybody, self._checkpoint = made, checkpoint
@@ -290,23 +291,11 @@ class _PlanCache:
 
 
 def digest_of(columns: SaveColumns) -> bytes:
-    """16 bytes that no plan with another item has: names, shapes, dtypes and all other properties count."""
+    """16 bytes that no plan with another item has: names, shapes, dtypes, hints and all other properties count."""
     digest = blake2b(columns.names.digest, digest_size=16)
     for column in (columns.name_ids, columns.template_ids, columns.templates.heads, columns.templates.boxes):
         digest.update(repr(column.shape).encode())
         digest.update(column.tobytes())
     digest.update(repr(columns.templates.properties).encode())
+    digest.update(b"" if columns.hints is None else columns.hints.tobytes())
     return digest.digest()
-
-
-def _are_equal(one: SaveColumns, other: SaveColumns) -> bool:
-    return (
-        (one.names is other.names or one.names.digest == other.names.digest)
-        and np.array_equal(one.name_ids, other.name_ids)
-        and np.array_equal(one.template_ids, other.template_ids)
-        and np.array_equal(one.templates.heads, other.templates.heads)
-        and np.array_equal(one.templates.boxes, other.templates.boxes)
-        and one.templates.properties == other.templates.properties
-        and (one.hints is None) == (other.hints is None)
-        and (one.hints is None or other.hints is None or np.array_equal(one.hints, other.hints))
-    )

@@ -5,31 +5,22 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import resource
 import uuid
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import (
-    READ_GAP_NBYTES,
     LoadChunkPlan,
-    PayloadCheck,
-    ReadRequest,
-    plan_load,
-    whole_payload_request,
 )
 from gpudcp.collector import collector_paused
-from gpudcp.columns import NONE, ItemRecords, distinct_rows
+from gpudcp.columns import ItemRecords
 from gpudcp.errors import (
     CheckpointBusyError,
     CheckpointNotFoundError,
@@ -38,15 +29,15 @@ from gpudcp.errors import (
 )
 from gpudcp.executors.select import choose_executor
 from gpudcp.files.commit import metadata_file_name
-from gpudcp.files.posix import PosixReader
 from gpudcp.formats import checksum
 from gpudcp.formats import index as index_format
-from gpudcp.formats.dtypes import QUANTIZED_DTYPES
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
 from gpudcp.options import Options
 from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.needs import Needs
+from gpudcp.storage.openfiles import OpenFiles
 from gpudcp.storage.places import directory_of, is_directory_id
-from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, check_range, is_object, stored_tensor
+from gpudcp.storage.stored import StoredItems, is_object
 from gpudcp.storage.targets import PlannerTarget, load_whole_item
 from gpudcp.views import ColumnMetadata, ReadItems
 
@@ -82,7 +73,7 @@ class GpuStorageReader(StorageReader):
         self._rank: int | None = None
         self._metadata: Metadata | None = None
         self._metadata_error: Exception | None = None
-        self._files = _OpenFiles(self.path)
+        self._files = OpenFiles(self.path)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget the checkpoint read last and, if a path is given, point the reader there."""
@@ -90,7 +81,7 @@ class GpuStorageReader(StorageReader):
             self.path = directory_of(checkpoint_id)
         self._metadata = self._metadata_error = None
         self._files.close()
-        self._files = _OpenFiles(self.path)
+        self._files = OpenFiles(self.path)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:  # noqa: ARG002
         """``.metadata`` or, for a rank given by keyword and only where there is none, that rank's own.
@@ -229,7 +220,7 @@ class GpuStorageReader(StorageReader):
         stored = StoredItems(self._known_metadata(), self.path)
         self._open_needed(stored, plan.items)
         with stopwatch.phase("plan"):
-            needs = _Needs(self._files, self.options)
+            needs = Needs(self._files, self.options)
             if (records := self._row_records(plan.items)) is None:
                 needs.add_items(plan.items, stored)
             else:
@@ -263,7 +254,7 @@ class GpuStorageReader(StorageReader):
             return None
         return metadata.row_records if items.checkpoint is metadata.columns and metadata.is_unchanged else None
 
-    def _checksum_used(self, plan: LoadChunkPlan, needs: _Needs) -> str:
+    def _checksum_used(self, plan: LoadChunkPlan, needs: Needs) -> str:
         if self.options.verify == "off":
             return "off: Options(verify='off')"
         return f"{checksum.LIBRARY}: {len(plan.checks)} of {needs.npayloads} payloads verified"
@@ -279,184 +270,7 @@ class GpuStorageReader(StorageReader):
         return is_directory_id(checkpoint_id)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": _OpenFiles(self.path), "_metadata": None}
-
-
-class _Needs:
-    """What a load plan needs of the files: boxes of strided payloads, and items that are read whole."""
-
-    def __init__(self, files: _OpenFiles, options: Options) -> None:
-        self.whole_items: list[tuple[int, StoredItem]] = []
-        self.payload_nbytes = 0
-        self.envelope_nbytes = 0
-        self.npayloads = 0
-        self._files = files
-        self._options = options
-        self._requests: list[ReadRequest] = []
-        self._checks: list[PayloadCheck] = []
-        self._last_payload = ("", -1)
-
-    def add_items(self, items: Sequence[ReadItem], stored: StoredItems) -> None:
-        """Items by what their storage index says."""
-        self._add_each(range(len(items)), items, stored)
-
-    def _add_each(self, positions: Sequence[int], items: Sequence[ReadItem], stored: StoredItems) -> None:
-        places = [stored.find(item.storage_index) for item in items]
-        # In file order, so that envelopes are read in passing.
-        order = sorted(range(len(items)), key=lambda number: places[number][1:3])
-        path, window = "", None
-        for number in order:
-            place = places[number]
-            if window is None or place.path != path:
-                path = place.path
-                self.envelope_nbytes += 0 if window is None else window.nbytes
-                window = Window(self._files.get(path))
-            check_range(place, window.file)
-            self._add(positions[number], items[number], place, stored, window)
-        self.envelope_nbytes += 0 if window is None else window.nbytes
-
-    def add_rows(self, items: ReadItems, records: ItemRecords, stored: StoredItems) -> None:
-        """Items that are rows of the checkpoint's own columns: all at once."""
-        checkpoint, rows = items.checkpoint, items.rows
-        path_ids, starts, nbytes = records.path_ids[rows], records.byte_offsets[rows], records.nbytes[rows]
-        payloads, crcs = records.payload_offsets[rows], records.crcs[rows]
-        sizes = checkpoint.boxes[checkpoint.row_boxes[rows], 1]
-        itemsizes = np.array([*(dtype.itemsize for dtype in records.dtypes), 0], dtype=np.int64)[
-            records.dtype_ids[rows]
-        ]
-        payload_nbytes = sizes.prod(axis=1) * itemsizes
-        file_nbytes = np.zeros(len(records.paths), dtype=np.int64)
-        for path_id in np.unique(path_ids).tolist():
-            file_nbytes[path_id] = self._files.get(records.paths[path_id]).nbytes
-        is_payload = (items.ndims != NONE) & (payloads >= 0)
-        is_outside = starts + nbytes > file_nbytes[path_ids]
-        is_wrong = is_payload & ((payloads < starts) | (payloads + payload_nbytes > starts + nbytes))
-        is_wrong |= is_payload & _of_dtypes(records, QUANTIZED_DTYPES)[records.dtype_ids[rows]]
-        # What is wrong, or no payload, goes the way of items: it finds the words, or reads them whole.
-        others = np.nonzero(~is_payload | is_outside | is_wrong)[0].tolist()
-        self._add_each(others, [items[position] for position in others], stored)
-        at = np.nonzero(is_payload & ~is_outside & ~is_wrong)[0]
-        paths, dtypes = records.paths, records.dtypes
-        names = [paths[path_id] for path_id in path_ids[at].tolist()]
-        # A few shapes are shared by all: each is made once.
-        table = np.concatenate([items.ndims[at, None], sizes[at], items.boxes[at, 1], items.boxes[at, 2]], axis=1)
-        first, shape_ids = distinct_rows(table)
-        dims = sizes.shape[1]
-        shapes = [
-            (row_major_strides(tuple(row[:n])), tuple(row[dims : dims + n]), tuple(row[2 * dims : 2 * dims + n]))
-            for n, *row in table[first].tolist()
-        ]
-        self._requests += [
-            ReadRequest(position, path, payload, dtypes[dtype_id], strides, 0, offsets, lengths)
-            for position, path, payload, dtype_id, (strides, offsets, lengths) in zip(
-                at.tolist(),
-                names,
-                payloads[at].tolist(),
-                records.dtype_ids[rows][at].tolist(),
-                [shapes[shape_id] for shape_id in shape_ids.tolist()],
-                strict=True,
-            )
-        ]
-        self.payload_nbytes += int((items.boxes[at, 2].prod(axis=1) * itemsizes[at]).sum())
-        _, first = np.unique(rows[at], return_index=True)
-        checked = at[first[payload_nbytes[at[first]] > 0]]
-        self.npayloads += len(checked)
-        checked = checked[crcs[checked] >= 0]
-        fqns = items.fqns
-        self._checks += [
-            PayloadCheck(paths[path_id], payload, length, crc, fqns[name])
-            for path_id, payload, length, crc, name in zip(
-                path_ids[checked].tolist(),
-                payloads[checked].tolist(),
-                payload_nbytes[checked].tolist(),
-                crcs[checked].tolist(),
-                items.name_ids[checked].tolist(),
-                strict=True,
-            )
-        ]
-
-    def _add(self, position: int, item: ReadItem, place: StoredItem, stored: StoredItems, window: Window) -> None:
-        if item.type is LoadItemType.BYTE_IO or place.transforms:
-            self.whole_items.append((position, place))
-            return
-        sizes = stored.chunk_sizes(item.storage_index)
-        lengths = item.lengths
-        if lengths != sizes or any(item.storage_offsets) or len(item.storage_offsets) != len(sizes):
-            check_box(item, sizes)
-        tensor = stored_tensor(place, sizes, window)
-        if tensor is None:
-            self.whole_items.append((position, place))
-            return
-        payload_offset, payload_nbytes, crc, dtype, _, strides, storage_offset, _, _ = tensor
-        path = place.path
-        self._requests.append(
-            ReadRequest(position, path, payload_offset, dtype, strides, storage_offset, item.storage_offsets, lengths)
-        )
-        self.payload_nbytes += lengths.numel() * dtype.itemsize
-        # Items of one payload follow each other, in file order.
-        if payload_nbytes and (payload_offset != self._last_payload[1] or path != self._last_payload[0]):
-            self._last_payload = (path, payload_offset)
-            self.npayloads += 1
-            if crc is not None:
-                self._checks.append(PayloadCheck(path, payload_offset, payload_nbytes, crc, place.fqn))
-
-    def chunk_plan(self) -> LoadChunkPlan:
-        checks = [] if self._options.verify == "off" else self._checks
-        plan = self._plan(self._requests, checks)
-        if self._options.verify == "full" and (unchecked := set(checks).difference(plan.checks)):
-            plan = self._plan([*self._requests, *map(whole_payload_request, sorted(unchecked))], checks)
-        return plan
-
-    def _plan(self, requests: list[ReadRequest], checks: list[PayloadCheck]) -> LoadChunkPlan:
-        return plan_load(requests, checks, slab_nbytes=self._options.slab_nbytes, gap_nbytes=READ_GAP_NBYTES)
-
-
-class _OpenFiles:
-    """The checkpoint's open files, by relative path: as many as the process may have, and of the rest those used last.
-
-    A file that is passed over for others is closed when the last read of it, which may be in flight, lets go of it.
-    """
-
-    _PASSING_FILES = 8
-
-    def __init__(self, directory: str) -> None:
-        self._directory = directory
-        self._kept: dict[str, PosixReader] = {}
-        self._passing: dict[str, PosixReader] = {}
-
-    def open(self, paths: set[str]) -> None:
-        """Open them all, as far as the process's limit on open files allows; the rest is opened when it is needed."""
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        for path in sorted(paths) if limit == resource.RLIM_INFINITY else sorted(paths)[: limit // 2]:
-            if path not in self._kept:
-                self._kept[path] = self._opened(path)
-
-    def get(self, path: str) -> PosixReader:
-        """The open file.
-
-        Raises:
-            CheckpointNotFoundError: it does not exist.
-        """
-        file = self._kept.get(path) or self._passing.get(path)
-        if file is None:
-            file = self._passing[path] = self._opened(path)
-            if len(self._passing) > self._PASSING_FILES:
-                del self._passing[next(iter(self._passing))]
-        return file
-
-    def _opened(self, path: str) -> PosixReader:
-        return PosixReader(os.path.join(self._directory, path))
-
-    def close(self) -> None:
-        for file in (*self._kept.values(), *self._passing.values()):
-            file.close()
-        self._kept.clear()
-        self._passing.clear()
-
-
-def _of_dtypes(records: ItemRecords, dtypes: Collection[torch.dtype]) -> NDArray[np.bool_]:
-    """Whether each of the records' dtypes is one of these; False for NONE, which is the last of the table."""
-    return np.array([*(dtype in dtypes for dtype in records.dtypes), False], dtype=bool)
+        return {**self.__dict__, "_files": OpenFiles(self.path), "_metadata": None}
 
 
 def _save_id(metadata: Metadata) -> str | None:

@@ -34,7 +34,9 @@ from bench.results import Suite, Table
 from bench.sizes import Sizes
 from gpudcp._dcp import StorageInfo
 from gpudcp.collector import collector_paused
-from gpudcp.columns import OBJECT, SHARD, TENSOR, ItemRecords, Names, SaveColumns, TemplateTable
+from gpudcp.columns import OBJECT, SHARD, TENSOR, SaveColumns, TemplateTable
+from gpudcp.names import Names
+from gpudcp.records import ItemRecords
 from gpudcp.storage.results import WriteResults
 from gpudcp.views import Paths, WriteItems
 

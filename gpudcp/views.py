@@ -24,22 +24,11 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from gpudcp._dcp import StorageInfo
-from gpudcp.columns import (
-    NONE,
-    OBJECT,
-    SHARD,
-    TENSOR,
-    CheckpointColumns,
-    Int32,
-    Int64,
-    ItemRecords,
-    Names,
-    Path,
-    SaveColumns,
-    Templates,
-    TemplateTable,
-)
+from gpudcp.arrays import NONE, Int32, Int64, Path
+from gpudcp.columns import OBJECT, SHARD, TENSOR, CheckpointColumns, SaveColumns, Templates, TemplateTable
 from gpudcp.errors import PlanError
+from gpudcp.names import Names
+from gpudcp.records import ItemRecords
 
 ANNOUNCEMENT = "gpudcp"
 """Among ``StorageMeta.modules``: this storage takes a Metadata of columns."""

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from gpudcp._dcp import ItemExtras, StorageInfo, item_extras, storage_info
-from gpudcp.columns import Indices, ItemRecords
+from gpudcp.records import Indices, ItemRecords
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e5m2]
 

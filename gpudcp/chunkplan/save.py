@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.checkpoint.planner import WriteItem
 
-from gpudcp.columns import NONE
+from gpudcp.arrays import NONE
 from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import is_savable
 from gpudcp.formats.envelope import Envelope, envelope_at

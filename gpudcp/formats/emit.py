@@ -29,7 +29,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from gpudcp._dcp import StorageInfo
-from gpudcp.columns import NONE, CheckpointColumns, ItemRecords, distinct_rows, properties_key
+from gpudcp.arrays import NONE, distinct_rows
+from gpudcp.columns import CheckpointColumns, properties_key
+from gpudcp.records import ItemRecords
 from gpudcp.views import ColumnMetadata
 
 _GET = b"j"  # LONG_BINGET, then the memo index as 4 bytes

@@ -15,18 +15,13 @@ import safetensors.numpy
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
-from gpudcp.columns import (
-    NONE,
-    CheckpointColumns,
-    Column,
-    Indices,
-    Int64,
-    ItemRecords,
-    Names,
-)
+from gpudcp.arrays import NONE, Column, Int64
+from gpudcp.columns import CheckpointColumns
 from gpudcp.errors import CorruptCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import dtype_name
+from gpudcp.names import Names
+from gpudcp.records import Indices, ItemRecords
 from gpudcp.views import ColumnMetadata
 
 SUFFIX = ".index"

@@ -17,11 +17,11 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 
 from gpudcp.collector import collector_paused
-from gpudcp.columns import ItemRecords
 from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import dtype_name
 from gpudcp.formats.emit import emit_metadata
+from gpudcp.records import ItemRecords
 from gpudcp.views import ColumnMetadata
 
 FILE_NAME = ".metadata"

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from gpudcp.columns import NONE, Int32, Int64
+from gpudcp.arrays import NONE, Int32, Int64
 
 Float64 = NDArray[np.float64]
 

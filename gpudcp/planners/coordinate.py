@@ -13,21 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from gpudcp.columns import (
-    NONE,
-    OBJECT,
-    SHARD,
-    CheckpointColumns,
-    Int32,
-    Int64,
-    Names,
-    Path,
-    SaveColumns,
-    Templates,
-    distinct_rows,
-    properties_key,
-)
+from gpudcp.arrays import NONE, Int32, Int64, Path, distinct_rows
+from gpudcp.columns import OBJECT, SHARD, CheckpointColumns, SaveColumns, Templates, properties_key
 from gpudcp.errors import PlanError
+from gpudcp.names import Names
 from gpudcp.planners.balance import Replicas, assign
 from gpudcp.planners.validate import check_chunks
 

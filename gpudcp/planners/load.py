@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Tenso
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from gpudcp._dcp import flatten_as_torch_2_3, set_element
-from gpudcp.columns import NONE, OBJECT, SHARD, CheckpointColumns, Int64, Path
+from gpudcp.arrays import NONE, Int64, Path
+from gpudcp.columns import OBJECT, SHARD, CheckpointColumns
 from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.formats.objects import load_object
 from gpudcp.planners.helpers import chunk_list, find_shard, init_state_dict, local_load_plan, missing_keys_text

@@ -11,9 +11,11 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.tensor import DTensor
 
 from gpudcp._dcp import ShardedTensor, dtensor_parts, flatten_sharded_tensors, flatten_state_dict, local_box
-from gpudcp.columns import OBJECT, SHARD, TENSOR, Names, Path, SaveColumns, Sizes, TemplateTable
+from gpudcp.arrays import Path
+from gpudcp.columns import OBJECT, SHARD, TENSOR, SaveColumns, Sizes, TemplateTable
 from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
+from gpudcp.names import Names
 from gpudcp.planners.casts import CastRule
 from gpudcp.planners.helpers import write_items_for
 from gpudcp.views import template_number

@@ -13,7 +13,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.utils import find_state_dict_object
 
-from gpudcp.columns import OBJECT, CheckpointColumns, Path, SaveColumns
+from gpudcp.arrays import Path
+from gpudcp.columns import OBJECT, CheckpointColumns, SaveColumns
 from gpudcp.errors import PlanError
 from gpudcp.formats.objects import DumpedObject
 from gpudcp.planners.casts import CastRule, DtypeRequest

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gpudcp.columns import NONE, CheckpointColumns, Int64
+from gpudcp.arrays import NONE, Int64
+from gpudcp.columns import CheckpointColumns
 from gpudcp.errors import PlanError
 
 _MOST_NAMED = 5

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
+from gpudcp.arrays import NONE, distinct_rows
 from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import (
     READ_GAP_NBYTES,
@@ -18,9 +19,9 @@ from gpudcp.chunkplan.load import (
     plan_load,
     whole_payload_request,
 )
-from gpudcp.columns import NONE, ItemRecords, distinct_rows
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES
 from gpudcp.options import Options
+from gpudcp.records import ItemRecords
 from gpudcp.storage.openfiles import OpenFiles
 from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, check_range, stored_tensor
 from gpudcp.views import ReadItems

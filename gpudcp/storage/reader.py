@@ -20,7 +20,6 @@ from gpudcp.chunkplan.load import (
     LoadChunkPlan,
 )
 from gpudcp.collector import collector_paused
-from gpudcp.columns import ItemRecords
 from gpudcp.errors import (
     CheckpointBusyError,
     CheckpointNotFoundError,
@@ -33,6 +32,7 @@ from gpudcp.formats import checksum
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
 from gpudcp.options import Options
+from gpudcp.records import ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
 from gpudcp.storage.needs import Needs
 from gpudcp.storage.openfiles import OpenFiles

@@ -7,7 +7,7 @@ from typing import overload
 
 from torch.distributed.checkpoint.storage import WriteResult
 
-from gpudcp.columns import ItemRecords
+from gpudcp.records import ItemRecords
 
 
 class WriteResults(Sequence[WriteResult]):

@@ -14,11 +14,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from gpudcp._dcp import ItemExtras, item_extras
 from gpudcp.boxes import row_major_strides
-from gpudcp.columns import CheckpointColumns, ItemRecords
+from gpudcp.columns import CheckpointColumns
 from gpudcp.errors import CorruptCheckpointError, MissingKeyError, PlanError, TransferError, UnsafeCheckpointError
 from gpudcp.files.posix import PosixReader
 from gpudcp.formats.archive import StoredTensor, read_stored_tensor
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
+from gpudcp.records import ItemRecords
 from gpudcp.views import ColumnMetadata
 
 

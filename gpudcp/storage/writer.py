@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from gpudcp.arrays import Int64
 from gpudcp.chunkplan.save import ChunkWrite, SaveChunkPlan, SaveFilePlan, plan_save
 from gpudcp.collector import collector_paused
-from gpudcp.columns import Indices, Int64, ItemRecords
 from gpudcp.errors import CheckpointBusyError, CheckpointExistsError, GpuDcpError, PlanError
 from gpudcp.executors.base import FileReceipt
 from gpudcp.executors.select import choose_executor
@@ -42,6 +42,7 @@ from gpudcp.formats import checksum
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import TRAILER_NBYTES, VERSION, decode_metadata, encode_metadata, identity_of
 from gpudcp.options import Options
+from gpudcp.records import Indices, ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
 from gpudcp.storage.places import directory_of, is_directory_id
 from gpudcp.storage.results import WriteResults

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gpudcp.columns import Indices, ItemRecords
+from gpudcp.records import Indices, ItemRecords
 
 
 class Row(NamedTuple):

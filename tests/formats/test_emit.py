@@ -24,9 +24,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from gpudcp.columns import ItemRecords
 from gpudcp.formats.emit import emit_metadata
 from gpudcp.formats.metadata import encode_metadata
+from gpudcp.records import ItemRecords
 
 
 def pickled(metadata: Metadata, records: ItemRecords) -> bytes:

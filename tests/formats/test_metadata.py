@@ -25,10 +25,10 @@ from metadata_cases import checkpoints, described, example, with_records
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as ShardedTensorProperties
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
 
-from gpudcp.columns import ItemRecords
 from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.metadata import _ALLOWED_GLOBALS, VERSION, decode_metadata, encode_metadata
+from gpudcp.records import ItemRecords
 
 TRAILER_NBYTES = 20
 

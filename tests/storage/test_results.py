@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 import gpudcp
 from gpudcp._dcp import StorageInfo, item_extras
-from gpudcp.columns import ItemRecords
+from gpudcp.records import ItemRecords
 from gpudcp.storage.results import WriteResults
 from gpudcp.views import StorageData
 

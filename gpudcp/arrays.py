@@ -1,0 +1,60 @@
+"""Columns of numbers: how they are packed for a message, and which of their rows are the same."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int64 = NDArray[np.int64]
+Int32 = NDArray[np.int32]
+Column = NDArray[Any]
+Path = tuple[Any, ...]
+
+_Hashes = NDArray[np.uint64]
+
+NONE = -1
+"""In a column of numbers: there is none."""
+
+
+PackedArray = tuple[str, tuple[int, ...], bytes]
+
+
+def pack_array(array: Column) -> PackedArray:
+    """An array of integers in few bytes: the narrowest type that holds them, compressed."""
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    narrow = next(kind for kind in ("b", "h", "i", "q") if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
+    return narrow, array.shape, zlib.compress(array.astype(narrow).tobytes(), 1)
+
+
+def unpack_array(packed: PackedArray, dtype: type[Any]) -> Column:
+    """The array, with elements of ``dtype``."""
+    narrow, shape, data = packed
+    return np.frombuffer(zlib.decompress(data), dtype=narrow).reshape(shape).astype(dtype)
+
+
+def distinct_rows(table: Int64) -> tuple[Int64, Int64]:
+    """First row of each distinct row of a table of integers, and the number of every row's among those."""
+    hashes = _row_hashes(table)
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    if not np.array_equal(table[first[inverse]], table):  # two rows with one hash: one in 2^64 pairs
+        _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    return first, inverse.reshape(-1)
+
+
+def _row_hashes(table: Int64) -> _Hashes:
+    """64 well-mixed bits for each row."""
+    hashes = np.full(len(table), 0x9E3779B97F4A7C15, dtype=np.uint64)
+    for column in table.T:
+        hashes = _mixed(hashes ^ column.astype(np.uint64))
+    return hashes
+
+
+def _mixed(values: _Hashes) -> _Hashes:
+    """The finalizer of splitmix64 (Steele, Lea, Flood 2014): every bit of the input changes half of the output's."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,79 @@
+"""The keys of a state dict, held and sent once."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from threading import Lock
+from typing import Any
+
+from gpudcp.arrays import Path
+
+
+class Names:
+    """The keys of a flat state dict, in order, and the path of each in the nested dict that it comes from.
+
+    Pickled once compressed; unpickled once for each digest, as all ranks of a job mostly have the same keys.
+    """
+
+    __slots__ = ("_digest", "_packed", "fqns", "paths")
+
+    def __init__(self, fqns: Sequence[str], paths: Mapping[str, Path] | None) -> None:
+        self.fqns = tuple(fqns)
+        self.paths = paths
+        """None where the state dict was not flattened."""
+        self._packed: bytes | None = None
+        self._digest: bytes | None = None
+
+    @property
+    def packed(self) -> bytes:
+        """Both, as compressed JSON."""
+        if self._packed is None:
+            nested = None
+            if self.paths is not None:
+                nested = {fqn: path for fqn, path in self.paths.items() if path != (fqn,)}
+            self._packed = zlib.compress(json.dumps([self.fqns, nested]).encode(), 1)
+        return self._packed
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes that no other keys have."""
+        if self._digest is None:
+            self._digest = blake2b(self.packed, digest_size=16).digest()
+        return self._digest
+
+    def __len__(self) -> int:
+        return len(self.fqns)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _known_names, (self.digest, self.packed)
+
+    @classmethod
+    def unpacked(cls, packed: bytes) -> Names:
+        """What `packed` gave."""
+        fqns, nested = json.loads(zlib.decompress(packed))
+        paths = None
+        if nested is not None:
+            paths = {fqn: (fqn,) for fqn in fqns} | {fqn: tuple(path) for fqn, path in nested.items()}
+        names = cls(fqns, paths)
+        names._packed = packed
+        return names
+
+
+_MOST_KNOWN = 64
+_known: OrderedDict[bytes, Names] = OrderedDict()
+_known_lock = Lock()
+
+
+def _known_names(digest: bytes, packed: bytes) -> Names:
+    with _known_lock:
+        names = _known.get(digest)
+        if names is None:
+            names = _known[digest] = Names.unpacked(packed)
+            names._digest = digest
+            if len(_known) > _MOST_KNOWN:
+                _known.popitem(last=False)
+        return names

@@ -35,10 +35,11 @@ from bench.sizes import Sizes
 from gpudcp._dcp import StorageInfo
 from gpudcp.collector import collector_paused
 from gpudcp.columns import OBJECT, SHARD, TENSOR, SaveColumns, TemplateTable
+from gpudcp.items import WriteItems
 from gpudcp.names import Names
 from gpudcp.records import ItemRecords
 from gpudcp.storage.results import WriteResults
-from gpudcp.views import Paths, WriteItems
+from gpudcp.views import Paths
 
 Size = tuple[int, ...]
 GPUDCP, TORCH = "gpudcp", "torch, collector paused"
@@ -72,7 +73,7 @@ class Messages(NamedTuple):
 def test_coordinating_beside_torch(
     benchmark: BenchmarkFixture, suite: Suite, tmpfs: Path, ranks: int, tensors: int, kind: str, target: int
 ) -> None:
-    """One turn each: torch takes minutes."""
+    """Three turns each; the first one also touches memory that the process never had."""
     job = Job(ranks, tensors, kind) if suite.is_full else Job(8, 20, kind)
     ours, theirs = _ours(job), _torchs(job)
     found: dict[str, Any] = {}
@@ -91,7 +92,7 @@ def test_coordinating_beside_torch(
         Contender(name=GPUDCP, run=collector_paused()(run_ours), check=check),
         Contender(name=TORCH, run=collector_paused()(run_theirs)),
     ]
-    timings = compare(benchmark, contenders, Rounds(measured=1, warm_up=0))
+    timings = compare(benchmark, contenders, Rounds(measured=3 if suite.is_full else 1, warm_up=0))
     suite.add_timings(str(job), timings, nbytes=sum(map(len, ours.plans)))
     suite.notes.append(f"{job}: GB/s are of gpudcp's pickled plans, and mean nothing else")
     suite.expect_speed(f"coordinate {job}", timings, GPUDCP, [TORCH], target)

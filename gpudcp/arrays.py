@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from typing import Any
 
@@ -21,18 +22,40 @@ NONE = -1
 
 PackedArray = tuple[str, tuple[int, ...], bytes]
 
+_COMPRESSED_NBYTES = 1 << 10
+"""From here on, zlib takes less time than it takes to set it up."""
+
+
+def narrowed(array: Column) -> Column:
+    """The same integers in the narrowest signed type that holds them all."""
+    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    bits = max(low if low >= 0 else ~low, high if high >= 0 else ~high).bit_length() + 1
+    return array.astype("<i1" if bits <= 8 else "<i2" if bits <= 16 else "<i4" if bits <= 32 else "<i8")
+
 
 def pack_array(array: Column) -> PackedArray:
-    """An array of integers in few bytes: the narrowest type that holds them, compressed."""
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
-    narrow = next(kind for kind in ("b", "h", "i", "q") if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max)
-    return narrow, array.shape, zlib.compress(array.astype(narrow).tobytes(), 1)
+    """An array of integers in few bytes: the narrowest type that holds them, compressed where that is shorter."""
+    narrow = narrowed(array)
+    data = narrow.tobytes()
+    if len(data) >= _COMPRESSED_NBYTES:
+        data = min(data, zlib.compress(data, 1), key=len)
+    return narrow.dtype.str, array.shape, data
 
 
 def unpack_array(packed: PackedArray, dtype: type[Any]) -> Column:
     """The array, with elements of ``dtype``."""
     narrow, shape, data = packed
-    return np.frombuffer(zlib.decompress(data), dtype=narrow).reshape(shape).astype(dtype)
+    if len(data) < math.prod(shape) * int(narrow[2:]):
+        data = zlib.decompress(data)
+    return np.frombuffer(data, dtype=narrow).reshape(shape).astype(dtype)
+
+
+def distinct_numbers(numbers: Column) -> tuple[Int64, Int64]:
+    """The distinct ones of many small numbers, ascending, and the place of each number among those."""
+    used = np.nonzero(np.bincount(numbers))[0]
+    places = np.zeros(int(used[-1]) + 1 if len(used) else 0, dtype=np.int64)
+    places[used] = np.arange(len(used))
+    return used, places[numbers]
 
 
 def distinct_rows(table: Int64) -> tuple[Int64, Int64]:

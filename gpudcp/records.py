@@ -98,6 +98,13 @@ class ItemRecords:
     def __len__(self) -> int:
         return len(self.byte_offsets)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # One table, because a thousand ranks send theirs to one coordinator, and arrays are unpickled one by one.
+        own = self.indices
+        columns: list[Column] = [own.name_ids, own.offset_ids, own.hints, self.path_ids, self.byte_offsets, self.nbytes]
+        columns += [self.payload_offsets, self.dtype_ids, self.crcs]
+        return _unpickled, (own.names, own.offsets, self.paths, self.dtypes, np.stack(columns, dtype=np.int64))
+
     def info(self, row: int) -> StorageInfo:
         """The row as the record that torch knows."""
         payload_offset, crc = int(self.payload_offsets[row]), int(self.crcs[row])
@@ -164,6 +171,29 @@ class ItemRecords:
             hints=own.hints[rows],
         )
         return self._with_rows(indices, rows)
+
+
+def _unpickled(
+    names: Names, offsets: list[torch.Size | None], paths: list[str], dtypes: list[torch.dtype], table: Int64
+) -> ItemRecords:
+    name_ids, offset_ids, hints, path_ids, byte_offsets, nbytes, payload_offsets, dtype_ids, crcs = table
+    return ItemRecords(
+        indices=Indices(
+            names=names,
+            name_ids=name_ids.astype(np.int32),
+            offsets=offsets,
+            offset_ids=offset_ids.astype(np.int32),
+            hints=hints,
+        ),
+        paths=paths,
+        path_ids=path_ids,
+        byte_offsets=byte_offsets,
+        nbytes=nbytes,
+        payload_offsets=payload_offsets,
+        dtypes=dtypes,
+        dtype_ids=dtype_ids,
+        crcs=crcs,
+    )
 
 
 def _joined(columns: list[Column], dtype: type[Any] = np.int64) -> Column:

@@ -9,8 +9,9 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, WriteItem
 
+from gpudcp.items import ReadItems, WriteItems, columns_of
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
-from gpudcp.views import ANNOUNCEMENT, ColumnMetadata, ReadItems, WriteItems, columns_of
+from gpudcp.views import ANNOUNCEMENT, ColumnMetadata
 
 STATE = {"a": {"b": torch.zeros(2, 3)}, "c": torch.tensor(1), "d": "text"}
 

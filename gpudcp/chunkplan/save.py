@@ -13,7 +13,7 @@ from gpudcp.arrays import NONE
 from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import is_savable
 from gpudcp.formats.envelope import Envelope, envelope_at
-from gpudcp.views import WriteItems
+from gpudcp.items import WriteItems
 
 FULL_FILE_NBYTES = 64 << 20
 """Each file of several has about this much at least: a save below it is not worth a second one."""

@@ -15,7 +15,7 @@ import re
 import secrets
 import threading
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import ClassVar
 
@@ -68,14 +68,14 @@ def make_directory(path: str, *, fsync: bool) -> None:
                 fsync_directory(os.path.dirname(made))
 
 
-def replace_file(directory: str, name: str, data: bytes, *, fsync: bool) -> None:
-    """Put a file in place at once: a temporary file, fsynced, renamed over ``name``, and the directory fsynced."""
+def replace_file(directory: str, name: str, parts: Iterable[bytes | memoryview], *, fsync: bool) -> None:
+    """Put a file of these parts in place at once: a temporary file, fsynced, renamed; then the directory fsynced."""
     path = os.path.join(directory, name)
     temporary = path + TEMPORARY_SUFFIX
     with _os_errors_named(path):
         try:
             with open(temporary, "wb") as file:
-                file.write(data)
+                file.writelines(parts)
                 file.flush()
                 if fsync:
                     os.fsync(file.fileno())

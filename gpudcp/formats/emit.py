@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -29,13 +29,13 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from gpudcp._dcp import StorageInfo
-from gpudcp.arrays import NONE, distinct_rows
+from gpudcp.arrays import NONE, distinct_numbers, distinct_rows
 from gpudcp.columns import CheckpointColumns, properties_key
 from gpudcp.records import ItemRecords
 from gpudcp.views import ColumnMetadata
 
 _GET = b"j"  # LONG_BINGET, then the memo index as 4 bytes
-_INT = b"\x8a\x08"  # LONG1, then 8 bytes, two's complement
+_GET_BYTE = b"h"  # BINGET, then the memo index as 1 byte
 _NEW = b")\x81"  # EMPTY_TUPLE NEWOBJ: an instance of the class below, without calling it
 _STATE = b"}("  # EMPTY_DICT MARK: the state, up to _BUILD
 _BUILD = b"ub"  # SETITEMS BUILD
@@ -43,13 +43,14 @@ _NONE = b"N"
 _SET = b"s"  # SETITEM
 _APPEND = b"a"
 
-_PLACED_AT_ONCE = 1 << 16
+_ROWS_AT_ONCE = 1 << 12
+"""Filled column by column while they are in the core's cache."""
 
 Column = NDArray[Any]
 
 
-def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
-    """The pickle of ``metadata`` with these storage records as its ``storage_data``.
+def emit_metadata(metadata: Metadata, records: ItemRecords) -> list[bytes | memoryview] | None:
+    """The pickle of ``metadata`` with these storage records as its ``storage_data``, in parts to be written in turn.
 
     Returns None for a Metadata with values that only a pickler knows how to write.
     """
@@ -65,7 +66,8 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
     sizes = entries.sizes  # one object for all equal ones: what the memo knows them by
     record_offsets = _unified(records.indices.offsets, sizes)
 
-    shared: list[Any] = [list(sizes), entries.states, _WORDS, _CLASSES, records.paths, records.dtypes]
+    # What every record fetches comes first: an index below 256 takes one byte.
+    shared: list[Any] = [_WORDS, _CLASSES, list(sizes), entries.states, records.paths, records.dtypes]
     shared += [metadata.storage_meta, metadata.version]
     memo = _Memo(shared, list(names), None if metadata.planner_data is None else dict(metadata.planner_data))
     emitter = _Emitter(memo)
@@ -81,7 +83,7 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> bytes | None:
         b".",
     ]
     # A frame, because a file object without peek() is otherwise read opcode by opcode.
-    return b"".join((memo.pickled, b"\x95", sum(map(len, body)).to_bytes(8, "little"), *body))
+    return [memo.pickled, b"\x95" + sum(map(len, body)).to_bytes(8, "little"), *body]
 
 
 class _Entries(NamedTuple):
@@ -154,7 +156,7 @@ def _entries_of_columns(columns: CheckpointColumns) -> _Entries:
     # Boxes are padded: one box is another one for tensors of other dimensions.
     row_ndims = np.repeat(ndims, counts).astype(np.int64)
     keys = columns.row_boxes[rows].astype(np.int64) * (columns.boxes.shape[2] + 1) + row_ndims
-    used, chunk_ids = np.unique(keys, return_inverse=True)
+    used, chunk_ids = distinct_numbers(keys)
     boxes = columns.boxes[used // (columns.boxes.shape[2] + 1)].tolist()
     used_ndims = (used % (columns.boxes.shape[2] + 1)).tolist()
     size_keys = np.concatenate([ndims[:, None], columns.sizes[entries]], axis=1)
@@ -170,7 +172,7 @@ def _entries_of_columns(columns: CheckpointColumns) -> _Entries:
         counts=counts,
         chunk_offsets=_unified((torch.Size(box[0][:n]) for box, n in zip(boxes, used_ndims, strict=True)), sizes),
         chunk_sizes=_unified((torch.Size(box[1][:n]) for box, n in zip(boxes, used_ndims, strict=True)), sizes),
-        chunk_ids=chunk_ids.reshape(-1),
+        chunk_ids=chunk_ids,
     )
 
 
@@ -236,7 +238,19 @@ class _Memo:
 
 
 def _get(index: int) -> bytes:
-    return _GET + index.to_bytes(4, "little")
+    return _GET_BYTE + index.to_bytes(1, "little") if index < 256 else _GET + index.to_bytes(4, "little")
+
+
+def _int(values: Column) -> tuple[bytes | Column, ...]:
+    """An opcode and a column: non-negative integers in the fewest bytes that hold them all."""
+    most = int(values.max(initial=0))
+    if most < 1 << 16:
+        return b"M", values.astype("<u2")  # BININT2
+    if most < 1 << 31:
+        return b"J", values.astype("<i4")  # BININT, which is signed
+    if most < 1 << 32:
+        return b"\x8a\x05", values.astype("<u4"), b"\0"  # LONG1 of 5 bytes, two's complement
+    return b"\x8a\x08", values.astype("<i8")
 
 
 class _Emitter:
@@ -260,9 +274,9 @@ class _Emitter:
         """The memo indices of these objects."""
         return np.fromiter(map(self._memo.__getitem__, map(id, values)), dtype="<u4", count=len(values))
 
-    def entries(self, entries: _Entries) -> memoryview:
+    def entries(self, entries: _Entries) -> bytes:
         """The entries of ``state_dict_metadata``, in its order, for the dict below them."""
-        n, is_tensor, counts = len(entries.names), entries.is_tensor, entries.counts
+        n, is_tensor = len(entries.names), entries.is_tensor
         keys = np.fromiter(map(self._numbers.__getitem__, entries.names), dtype="<u4", count=n)
         heads = _rows(
             _GET, keys[is_tensor], self.get(TensorStorageMetadata) + _NEW + _STATE,
@@ -277,20 +291,7 @@ class _Emitter:
             self.get_word("sizes") + _GET, self.column(entries.chunk_sizes)[entries.chunk_ids], _BUILD + _APPEND,
         )  # fmt: skip
         objects = _rows(_GET, keys[~is_tensor], self.get(BytesStorageMetadata) + _NEW + _SET)
-        tail = np.frombuffer(_BUILD + _SET, dtype=np.uint8)
-
-        lengths = np.full(n, objects.shape[1], dtype=np.int64)
-        lengths[is_tensor] = heads.shape[1] + counts * chunks.shape[1] + len(tail)
-        ends = np.cumsum(lengths)
-        starts = (ends - lengths)[is_tensor]
-        out = np.empty(int(ends[-1]) if len(ends) else 0, dtype=np.uint8)
-        first_chunk = starts + heads.shape[1]
-        within = np.arange(len(entries.chunk_ids)) - np.repeat(np.cumsum(counts) - counts, counts)
-        _place(out, starts, heads)
-        _place(out, np.repeat(first_chunk, counts) + within * chunks.shape[1], chunks)
-        _place(out, first_chunk + counts * chunks.shape[1], np.broadcast_to(tail, (len(starts), len(tail))))
-        _place(out, (ends - lengths)[~is_tensor], objects)
-        return out.data
+        return b"".join(_woven(entries, heads, chunks, objects, _BUILD + _SET))
 
     def records(self, records: ItemRecords, offsets: list[Any]) -> list[memoryview]:
         """The entries of ``storage_data`` for the dict below them, those of one form after the other."""
@@ -302,28 +303,27 @@ class _Emitter:
         offset_gets = gets[indices.offset_ids]
         has_offset = np.array([offset is not None for offset in offsets], dtype=bool)[indices.offset_ids]
         has_hint = indices.hints != NONE
-        hint_values = indices.hints.astype("<i8")
         paths = self.column(records.paths)[records.path_ids]
         dtypes = self.column(records.dtypes)[records.dtype_ids] if records.dtypes else np.zeros(n, dtype="<u4")
         has_payload, has_crc = records.payload_offsets >= 0, records.crcs >= 0
         form = has_offset * 8 + has_hint * 4 + has_payload * 2 + has_crc
         parts = []
-        for kind in np.unique(form):
-            at = np.nonzero(form == kind)[0]
+        for kind in np.nonzero(np.bincount(form))[0].tolist():
+            at = form == kind
             payload: tuple[Any, ...] = (_NONE + _NONE,)
             if kind & 2:
-                payload = (_INT, records.payload_offsets[at], _GET, dtypes[at])
+                payload = (*_int(records.payload_offsets[at]), _GET, dtypes[at])
             parts.append(
                 _rows(
                     self.get(MetadataIndex) + _NEW + _STATE + self.get_word("index"),
-                    *((_INT, hint_values[at]) if kind & 4 else (_NONE,)),
+                    *(_int(indices.hints[at]) if kind & 4 else (_NONE,)),
                     self.get_word("fqn") + _GET, keys[at],
                     *((self.get_word("offset") + _GET, offset_gets[at]) if kind & 8 else ()),
                     _BUILD + self.get(StorageInfo) + _NEW + _STATE,
                     self.get_word("relative_path") + _GET, paths[at],
-                    self.get_word("offset") + _INT, records.byte_offsets[at],
-                    self.get_word("length") + _INT, records.nbytes[at],
-                    self.get_word("gpudcp"), *payload, *((_INT, records.crcs[at]) if kind & 1 else (_NONE,)),
+                    self.get_word("offset"), *_int(records.byte_offsets[at]),
+                    self.get_word("length"), *_int(records.nbytes[at]),
+                    self.get_word("gpudcp"), *payload, *(_int(records.crcs[at]) if kind & 1 else (_NONE,)),
                     b"\x87" + _BUILD + _SET,
                 ).reshape(-1).data
             )  # fmt: skip
@@ -332,21 +332,38 @@ class _Emitter:
 
 def _rows(*parts: bytes | Column) -> NDArray[np.uint8]:
     """One row of bytes for each element of the columns: constants and little-endian columns side by side."""
-    nrows = max((len(part) for part in parts if isinstance(part, np.ndarray)), default=0)
-    fields: list[tuple[Any, ...]] = []
-    for number, part in enumerate(parts):
+    columns = [part for part in parts if isinstance(part, np.ndarray)]
+    template, offsets = bytearray(), []
+    for part in parts:
         if isinstance(part, np.ndarray):
-            fields.append((str(number), part.dtype.newbyteorder("<")))
+            offsets.append(len(template))
+        template += part if isinstance(part, bytes) else bytes(part.itemsize)
+    nrows, width = max(map(len, columns), default=0), len(template)
+    rows = np.empty(nrows, dtype=f"V{width}")
+    formats = [column.dtype.newbyteorder("<") for column in columns]
+    names = [str(number) for number in range(len(columns))]
+    fields = rows.view(np.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": width}))
+    for first in range(0, nrows, _ROWS_AT_ONCE):
+        block = slice(first, first + _ROWS_AT_ONCE)
+        rows[block] = bytes(template)
+        for name, column in zip(names, columns, strict=True):
+            fields[name][block] = column[block]
+    return rows.view(np.uint8).reshape(nrows, width)
+
+
+def _woven(
+    entries: _Entries, heads: Column, chunks: Column, objects: Column, tail: bytes
+) -> Iterator[bytes | memoryview]:
+    """Each tensor's head, chunks and tail, and each object's row, in the order of the names."""
+    every_head, every_object = iter(heads), iter(objects)
+    every_chunk = chunks.reshape(-1).data
+    nbytes = iter((entries.counts * chunks.shape[1]).tolist())
+    end = 0
+    for is_tensor in entries.is_tensor.tolist():
+        if is_tensor:
+            start, end = end, end + next(nbytes)
+            yield next(every_head).data
+            yield every_chunk[start:end]
+            yield tail
         else:
-            fields.append((str(number), np.uint8, (len(part),)))
-    rows = np.empty(nrows, dtype=np.dtype(fields))
-    for number, part in enumerate(parts):
-        rows[str(number)] = part if isinstance(part, np.ndarray) else np.frombuffer(part, dtype=np.uint8)
-    return rows.view(np.uint8).reshape(nrows, -1) if nrows else np.empty((0, rows.dtype.itemsize), dtype=np.uint8)
-
-
-def _place(out: NDArray[np.uint8], starts: Column, rows: NDArray[np.uint8]) -> None:
-    places = np.arange(rows.shape[1])
-    for first in range(0, len(rows), _PLACED_AT_ONCE):  # the places take eight times what the bytes do
-        block = slice(first, first + _PLACED_AT_ONCE)
-        out[starts[block, None] + places] = rows[block]
+            yield next(every_object).data

@@ -15,7 +15,7 @@ import safetensors.numpy
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
-from gpudcp.arrays import NONE, Column, Int64
+from gpudcp.arrays import NONE, Column, Int64, distinct_numbers, distinct_rows, narrowed
 from gpudcp.columns import CheckpointColumns
 from gpudcp.errors import CorruptCheckpointError
 from gpudcp.formats.checksum import crc32
@@ -67,7 +67,7 @@ def encode_index(metadata: Metadata, records: ItemRecords, *, nbytes: int, crc: 
         "dtype_ids": np.where(row_records.payload_offsets < 0, NONE, row_records.dtype_ids),
         "crcs": row_records.crcs,
     }
-    arrays = {name: _narrowed(array) for name, array in arrays.items()}
+    arrays = {name: array if array.dtype == np.uint8 else narrowed(array) for name, array in arrays.items()}
     header = {
         "format": _FORMAT,
         "metadata_nbytes": nbytes,
@@ -145,7 +145,7 @@ def _row_indices(columns: CheckpointColumns) -> Indices:
     entries = np.repeat(np.arange(len(columns)), counts)
     ndims = np.where(columns.property_ids == NONE, NONE, columns.ndims)[entries].astype(np.int64)
     most = columns.boxes.shape[2] + 2
-    used, offset_ids = np.unique(columns.row_boxes.astype(np.int64) * most + ndims + 1, return_inverse=True)
+    used, offset_ids = distinct_numbers(columns.row_boxes.astype(np.int64) * most + ndims + 1)
     boxes = columns.boxes[used // most, 0].tolist() if len(used) else []
     offsets = [
         None if ndim == NONE else torch.Size(box[:ndim])
@@ -157,7 +157,7 @@ def _row_indices(columns: CheckpointColumns) -> Indices:
         names=columns.names,
         name_ids=entries.astype(np.int32),
         offsets=offsets,
-        offset_ids=offset_ids.reshape(-1).astype(np.int32),
+        offset_ids=offset_ids.astype(np.int32),
         hints=hints,
     )
 
@@ -176,7 +176,7 @@ def _rows_of(columns: CheckpointColumns, indices: Indices) -> Int64 | None:
     if ((hints < 0) | (hints >= counts)).any():
         return None
     rows = columns.first_rows[entries] + hints
-    if not np.array_equal(np.sort(rows), np.arange(columns.nrows)):
+    if columns.nrows and int(np.bincount(rows, minlength=columns.nrows).max()) > 1:  # as many rows as indices
         return None
     ndim = columns.boxes.shape[2]
     table = np.zeros((len(indices.offsets), ndim), dtype=np.int64)
@@ -185,7 +185,8 @@ def _rows_of(columns: CheckpointColumns, indices: Indices) -> Int64 | None:
             if len(offset) > ndim:
                 return None
             table[number, : len(offset)] = offset
-    same = (table[indices.offset_ids] == columns.boxes[columns.row_boxes[rows], 0]).all(axis=1)
+    _, numbers = distinct_rows(np.concatenate([table, columns.boxes[:, 0]]))
+    same = numbers[indices.offset_ids] == numbers[len(table) :][columns.row_boxes[rows]]
     return rows if bool((same | is_object).all()) else None
 
 
@@ -225,19 +226,10 @@ def _check(columns: CheckpointColumns, numbers: dict[str, Int64], header: dict[s
         raise CorruptCheckpointError(f"{path}: the columns of the index contradict each other", path=path)
 
 
-def _narrowed(array: Column) -> Column:
-    if array.dtype == np.uint8 or not array.size:
-        return np.ascontiguousarray(array)
-    low, high = int(array.min()), int(array.max())
-    kinds = (np.int8, np.int16, np.int32, np.int64)
-    return array.astype(next(kind for kind in kinds if np.iinfo(kind).min <= low and high <= np.iinfo(kind).max))
-
-
 def _crc_of(arrays: dict[str, Column], header: dict[str, Any]) -> int:
     crc = crc32(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
-        data = np.ascontiguousarray(arrays[name]).view(np.uint8).reshape(-1)
-        crc = crc32(data.tobytes(), crc)
+        crc = crc32(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data, crc)
     return crc
 
 

@@ -11,7 +11,7 @@ import struct
 from dataclasses import is_dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -65,17 +65,30 @@ _ALLOWED_GLOBALS = frozenset(
 )
 
 
-def encode_metadata(metadata: Metadata, records: ItemRecords) -> bytes:
-    """The bytes of a ``.metadata`` file that holds ``metadata`` and these records: stock torch reads it as its own.
+class EncodedMetadata(NamedTuple):
+    """The bytes of a ``.metadata`` file, in parts to be written in turn."""
+
+    parts: list[bytes | memoryview]
+    pickle_nbytes: int
+    crc32: int
+    """Of the pickle, without the trailer."""
+
+
+def encode_metadata(metadata: Metadata, records: ItemRecords) -> EncodedMetadata:
+    """A ``.metadata`` file that holds ``metadata`` and these records: stock torch reads it as its own.
 
     ``metadata.storage_data`` must give the same records, as a mapping that pickles as a dict.
     """
     with collector_paused():
-        data = emit_metadata(metadata, records)
-        if data is None:
+        parts = emit_metadata(metadata, records)
+        if parts is None:
             plain = metadata.plain() if isinstance(metadata, ColumnMetadata) else metadata
-            data = pickle.dumps(replace(plain, storage_data=dict(metadata.storage_data)))
-    return data + _TRAILER.pack(_MAGIC, len(data), crc32(data))
+            parts = [pickle.dumps(replace(plain, storage_data=dict(metadata.storage_data)))]
+    nbytes, crc = 0, 0
+    for part in parts:
+        nbytes += len(part)
+        crc = crc32(part, crc)
+    return EncodedMetadata([*parts, _TRAILER.pack(_MAGIC, nbytes, crc)], nbytes, crc)
 
 
 TRAILER_NBYTES = _TRAILER.size

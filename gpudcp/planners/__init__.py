@@ -1,6 +1,7 @@
 """DCP planning: who moves what. No bytes, no files.
 
-torch's protocol, under one roof with what is ours: the default planners, the recipes, the rules, the helpers.
+torch's protocol, under one roof with what is ours: the default planners, the recipes, the rules, and the
+steps of planning as functions, which a planner of one's own is built from.
 """
 
 from torch.distributed.checkpoint.metadata import (
@@ -25,9 +26,30 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from gpudcp.planners import helpers
 from gpudcp.planners.casts import CastRule
+from gpudcp.planners.closest import closest_names
+from gpudcp.planners.items import (
+    chunk_list,
+    dtensor_write_items,
+    find_shard,
+    object_write_item,
+    read_items_for,
+    read_items_for_chunk_list,
+    sharded_tensor_write_items,
+    tensor_write_item,
+    write_items_for,
+)
 from gpudcp.planners.load import DefaultLoadPlanner, EmptyStateDictLoadPlanner
+from gpudcp.planners.plans import (
+    global_load_plan,
+    global_save_plan,
+    local_load_plan,
+    local_metadata,
+    local_save_plan,
+    merge_delta_plans,
+    metadata_only_plan,
+    plans_equal,
+)
 from gpudcp.planners.recipes import (
     DDPLoadBalancingPlanner,
     FP16Planner,
@@ -37,6 +59,7 @@ from gpudcp.planners.recipes import (
     SaveExtraDataPlanner,
 )
 from gpudcp.planners.save import DefaultSavePlanner
+from gpudcp.planners.state_dicts import init_state_dict, iterate_state_dict, materialized
 
 __all__ = [
     "BytesIOWriteData",
@@ -66,5 +89,25 @@ __all__ = [
     "TensorWriteData",
     "WriteItem",
     "WriteItemType",
-    "helpers",
+    "chunk_list",
+    "closest_names",
+    "dtensor_write_items",
+    "find_shard",
+    "global_load_plan",
+    "global_save_plan",
+    "init_state_dict",
+    "iterate_state_dict",
+    "local_load_plan",
+    "local_metadata",
+    "local_save_plan",
+    "materialized",
+    "merge_delta_plans",
+    "metadata_only_plan",
+    "object_write_item",
+    "plans_equal",
+    "read_items_for",
+    "read_items_for_chunk_list",
+    "sharded_tensor_write_items",
+    "tensor_write_item",
+    "write_items_for",
 ]

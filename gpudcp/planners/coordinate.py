@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from gpudcp.arrays import NONE, Int32, Int64, Path, distinct_rows
+from gpudcp.arrays import NONE, Int32, Int64, Path, distinct_numbers, distinct_rows
 from gpudcp.columns import OBJECT, SHARD, CheckpointColumns, SaveColumns, Templates, properties_key
 from gpudcp.errors import PlanError
 from gpudcp.names import Names
@@ -219,8 +219,9 @@ def _global_plan(items: _Items, kept: NDArray[np.bool_], template_ids: Int32, *,
     order = np.argsort(items.name_ids[chosen], kind="stable")
     rows = chosen[order]
     row_templates = template_ids[rows]
-    entry_names, first_rows = np.unique(items.name_ids[rows], return_index=True)
-    first_rows = np.append(first_rows, len(rows))
+    row_names = items.name_ids[rows]
+    first_rows = np.append(np.nonzero(np.diff(row_names, prepend=NONE))[0], len(rows))
+    entry_names = row_names[first_rows[:-1]]
     hints = np.empty(len(chosen), dtype=np.int32)
     hints[order] = np.arange(len(rows)) - np.repeat(first_rows[:-1], np.diff(first_rows))
     hints[templates.kinds[chosen_templates] == OBJECT] = NONE
@@ -252,10 +253,10 @@ def _merged_paths(items: _Items) -> dict[str, Path]:
 
 
 def _distinct_boxes(templates: Templates, row_templates: Int32) -> tuple[Int64, Int64]:
-    used, inverse = np.unique(row_templates, return_inverse=True)
+    used, inverse = distinct_numbers(row_templates)
     boxes = templates.boxes[used, 1:]
     first, numbers = distinct_rows(boxes.reshape((len(used), 2 * boxes.shape[2])))
-    return boxes[first], numbers[inverse.reshape(-1)]
+    return boxes[first], numbers[inverse]
 
 
 def _check_entries(items: _Items, rows: Int64, row_templates: Int32, first_rows: Int64) -> None:

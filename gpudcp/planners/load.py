@@ -17,10 +17,14 @@ from gpudcp.arrays import NONE, Int64, Path
 from gpudcp.columns import OBJECT, SHARD, CheckpointColumns
 from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.formats.objects import load_object
-from gpudcp.planners.helpers import chunk_list, find_shard, init_state_dict, local_load_plan, missing_keys_text
+from gpudcp.items import ReadItems
+from gpudcp.planners.closest import missing_keys_text
+from gpudcp.planners.items import chunk_list, find_shard
 from gpudcp.planners.joins import overlaps_batch
 from gpudcp.planners.local import LocalItems, LocalItemsMaker, flattened, has_items
-from gpudcp.views import ColumnMetadata, ReadItems
+from gpudcp.planners.plans import local_load_plan
+from gpudcp.planners.state_dicts import init_state_dict
+from gpudcp.views import ColumnMetadata
 
 OnDtypeMismatch = Literal["cast", "warn", "error"]
 

@@ -15,10 +15,10 @@ from gpudcp.arrays import Path
 from gpudcp.columns import OBJECT, SHARD, TENSOR, SaveColumns, Sizes, TemplateTable
 from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
+from gpudcp.items import template_number
 from gpudcp.names import Names
 from gpudcp.planners.casts import CastRule
-from gpudcp.planners.helpers import write_items_for
-from gpudcp.views import template_number
+from gpudcp.planners.items import write_items_for
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _CONTAINERS = (Mapping, list, tuple)

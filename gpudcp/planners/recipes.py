@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, WriteItem
 
 from gpudcp._dcp import flatten_state_dict, set_element
 from gpudcp.errors import PlanError
-from gpudcp.planners.helpers import init_state_dict
 from gpudcp.planners.load import DefaultLoadPlanner
 from gpudcp.planners.save import DefaultSavePlanner
+from gpudcp.planners.state_dicts import init_state_dict
 
 Rename: TypeAlias = str | Callable[[str], str]
 """A prefix, or a function from the state dict's fqn to the checkpoint's."""

@@ -17,10 +17,11 @@ from gpudcp.arrays import Path
 from gpudcp.columns import OBJECT, CheckpointColumns, SaveColumns
 from gpudcp.errors import PlanError
 from gpudcp.formats.objects import DumpedObject
+from gpudcp.items import WriteItems, columns_of
 from gpudcp.planners.casts import CastRule, DtypeRequest
 from gpudcp.planners.coordinate import coordinate
 from gpudcp.planners.local import LocalItems, LocalItemsMaker, flattened
-from gpudcp.views import ANNOUNCEMENT, ColumnMetadata, Paths, WriteItems, columns_of
+from gpudcp.views import ANNOUNCEMENT, ColumnMetadata, Paths
 
 _logger = logging.getLogger("gpudcp")
 

@@ -20,11 +20,11 @@ from gpudcp.chunkplan.load import (
     whole_payload_request,
 )
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES
+from gpudcp.items import ReadItems
 from gpudcp.options import Options
 from gpudcp.records import ItemRecords
 from gpudcp.storage.openfiles import OpenFiles
 from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, check_range, stored_tensor
-from gpudcp.views import ReadItems
 
 
 class Needs:

@@ -31,6 +31,7 @@ from gpudcp.files.commit import metadata_file_name
 from gpudcp.formats import checksum
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
+from gpudcp.items import ReadItems
 from gpudcp.options import Options
 from gpudcp.records import ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
@@ -39,7 +40,7 @@ from gpudcp.storage.openfiles import OpenFiles
 from gpudcp.storage.places import directory_of, is_directory_id
 from gpudcp.storage.stored import StoredItems, is_object
 from gpudcp.storage.targets import PlannerTarget, load_whole_item
-from gpudcp.views import ColumnMetadata, ReadItems
+from gpudcp.views import ColumnMetadata
 
 _logger = logging.getLogger("gpudcp")
 

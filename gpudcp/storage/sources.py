@@ -14,9 +14,9 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from gpudcp.errors import PlanError, UnsafeCheckpointError
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, widens_exactly
 from gpudcp.formats.objects import DumpedObject, unsafe_reason
+from gpudcp.items import WriteItems
 from gpudcp.options import Options
 from gpudcp.planners import DefaultSavePlanner
-from gpudcp.views import WriteItems
 
 
 def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Options) -> dict[int, bytes]:

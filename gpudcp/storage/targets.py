@@ -15,11 +15,11 @@ from gpudcp.files.posix import PosixReader
 from gpudcp.formats.archive import check_records
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.objects import load_object
+from gpudcp.items import ReadItems
 from gpudcp.options import Options
 from gpudcp.planners import DefaultLoadPlanner
 from gpudcp.storage.sources import are_untouched
 from gpudcp.storage.stored import StoredItem, is_object
-from gpudcp.views import ReadItems
 
 
 class PlannerTarget:

@@ -40,14 +40,15 @@ from gpudcp.files.posix import PosixWriter, fsync_directory
 from gpudcp.files.tune import choose_write
 from gpudcp.formats import checksum
 from gpudcp.formats import index as index_format
-from gpudcp.formats.metadata import TRAILER_NBYTES, VERSION, decode_metadata, encode_metadata, identity_of
+from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
+from gpudcp.items import WriteItems
 from gpudcp.options import Options
 from gpudcp.records import Indices, ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
 from gpudcp.storage.places import directory_of, is_directory_id
 from gpudcp.storage.results import WriteResults
 from gpudcp.storage.sources import PlannerSource, literal_data
-from gpudcp.views import ANNOUNCEMENT, StorageData, WriteItems
+from gpudcp.views import ANNOUNCEMENT, StorageData
 
 _logger = logging.getLogger("gpudcp")
 
@@ -226,25 +227,20 @@ class GpuStorageWriter(StorageWriter):
         metadata.storage_data = StorageData(records)
         metadata.storage_meta = self.storage_meta()
         rank = None if self._use_collectives else self._rank
-        data = encode_metadata(metadata, records)
+        encoded = encode_metadata(metadata, records)
         if lost := [name for name in self._written if not os.path.exists(os.path.join(self.path, name))]:
             raise CheckpointBusyError(f"{self.path}: {', '.join(lost)} was removed before this save was committed")
         name = metadata_file_name(rank)
         replaced = self._replaced_names(name)
         # The index first: beside the old .metadata it is of another one, and not read.
-        if (index := self._index(metadata, records, data)) is not None:
-            replace_file(self.path, name + index_format.SUFFIX, index, fsync=self.options.fsync)
-        replace_file(self.path, name, data, fsync=self.options.fsync)
+        index = index_format.encode_index(metadata, records, nbytes=encoded.pickle_nbytes, crc=encoded.crc32)
+        if index is not None:
+            replace_file(self.path, name + index_format.SUFFIX, [index], fsync=self.options.fsync)
+        replace_file(self.path, name, encoded.parts, fsync=self.options.fsync)
         if index is None:
             with suppress(OSError):
                 os.unlink(os.path.join(self.path, name + index_format.SUFFIX))
         self._clean_up(set(records.paths), replaced, rank)
-
-    def _index(self, metadata: Metadata, records: ItemRecords, data: bytes) -> bytes | None:
-        identity = identity_of(data[-TRAILER_NBYTES:], len(data))
-        if identity is None:
-            return None
-        return index_format.encode_index(metadata, records, nbytes=identity[0], crc=identity[1])
 
     def _replaced_names(self, metadata_name: str) -> set[str]:
         """Data files that the metadata about to be replaced names, by stock's names, which carry no save id."""

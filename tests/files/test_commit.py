@@ -185,11 +185,11 @@ def test_a_file_is_on_stable_storage_before_it_is_renamed_and_its_name_after(
     """In any other order a power cut could leave an empty `.metadata` or none."""
     (tmp_path / ".metadata").write_bytes(b"old")
     calls = record_calls(monkeypatch, tmp_path)
-    replace_file(str(tmp_path), ".metadata", b"new", fsync=True)
+    replace_file(str(tmp_path), ".metadata", [b"new"], fsync=True)
     assert (tmp_path / ".metadata").read_bytes() == b"new"
     assert calls == ["fsync .metadata.tmp", "replace .metadata.tmp .metadata", "fsync ."]
     calls.clear()
-    replace_file(str(tmp_path), ".metadata", b"newer", fsync=False)
+    replace_file(str(tmp_path), ".metadata", [b"newer"], fsync=False)
     assert calls == ["replace .metadata.tmp .metadata"]
     assert os.listdir(tmp_path) == [".metadata"]
 
@@ -202,7 +202,7 @@ def test_a_replacement_that_fails_leaves_the_old_file(
     (tmp_path / ".metadata").write_bytes(b"old")
     monkeypatch.setattr(os, name, fail_with(errno.EIO))
     with pytest.raises(TransferError) as caught:
-        replace_file(str(tmp_path), ".metadata", b"new", fsync=True)
+        replace_file(str(tmp_path), ".metadata", [b"new"], fsync=True)
     assert (caught.value.path, caught.value.errno) == (str(tmp_path / ".metadata"), errno.EIO)
     assert os.listdir(tmp_path) == [".metadata"]
     assert (tmp_path / ".metadata").read_bytes() == b"old"
@@ -212,7 +212,7 @@ def test_a_replacement_on_a_full_disk_leaves_the_old_file(small_directory: Path)
     """The real ENOSPC, and no temporary file that keeps the disk full."""
     (small_directory / ".metadata").write_bytes(b"old")
     with pytest.raises(TransferError) as caught:
-        replace_file(str(small_directory), ".metadata", bytes(2 << 20), fsync=True)
+        replace_file(str(small_directory), ".metadata", [bytes(2 << 20)], fsync=True)
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(small_directory) == [".metadata"]
     assert (small_directory / ".metadata").read_bytes() == b"old"
@@ -235,7 +235,7 @@ def test_a_commit_that_dies_at_any_call_leaves_one_whole_checkpoint(start: Start
                 file.write(old.encode().ljust(size, b"-"))
 
         def commit():
-            replace_file(directory, ".metadata", new.encode().ljust(size, b"-"), fsync=True)
+            replace_file(directory, ".metadata", [new.encode().ljust(size, b"-")], fsync=True)
             remove_files(directory, [old], fsync=True)
 
         def die_at(number):

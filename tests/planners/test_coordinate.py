@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 
 from gpudcp.columns import SaveColumns
 from gpudcp.errors import PlanError
+from gpudcp.items import WriteItems, columns_of
 from gpudcp.planners import DefaultSavePlanner, balance
 from gpudcp.planners.coordinate import GlobalPlan, coordinate
-from gpudcp.views import ColumnMetadata, WriteItems, columns_of
+from gpudcp.views import ColumnMetadata
 
 Sizes = tuple[int, ...]
 

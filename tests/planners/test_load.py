@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 import gpudcp
 from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.formats import index
+from gpudcp.items import ReadItems
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner, EmptyStateDictLoadPlanner
-from gpudcp.views import ANNOUNCEMENT, ColumnMetadata, ReadItems
+from gpudcp.views import ANNOUNCEMENT, ColumnMetadata
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 

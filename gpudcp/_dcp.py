@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
@@ -74,7 +75,9 @@ def local_box(tensor: DTensor) -> tuple[torch.Size, torch.Size] | None:
 
 def dtensor_parts(tensor: DTensor) -> tuple[torch.Tensor, Any]:
     """This rank's local tensor, and the spec, without the autograd function that ``to_local`` is."""
-    return tensor._local_tensor, tensor._spec
+    local = tensor._local_tensor
+    # Of an asynchronous redistribution: the result, which it has memory for from the start.
+    return (local.wait() if isinstance(local, AsyncCollectiveTensor) else local), tensor._spec
 
 
 def flatten_as_torch_2_3(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:

@@ -24,6 +24,11 @@ def properties_key(properties: TensorProperties) -> tuple[Any, ...]:
     return _PROPERTIES(properties)
 
 
+def own_properties(properties: TensorProperties) -> TensorProperties:
+    """Equal ones, which can be changed without changing these."""
+    return TensorProperties(*_PROPERTIES(properties))
+
+
 _PROPERTIES = attrgetter("dtype", "layout", "requires_grad", "memory_format", "pin_memory")
 
 

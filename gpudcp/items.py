@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -21,7 +20,16 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from gpudcp.arrays import NONE, Int32, Int64, Path
-from gpudcp.columns import OBJECT, SHARD, TENSOR, CheckpointColumns, SaveColumns, Templates, TemplateTable
+from gpudcp.columns import (
+    OBJECT,
+    SHARD,
+    TENSOR,
+    CheckpointColumns,
+    SaveColumns,
+    Templates,
+    TemplateTable,
+    own_properties,
+)
 from gpudcp.errors import PlanError
 from gpudcp.names import Names
 
@@ -228,7 +236,7 @@ class WriteTemplates:
             return WriteItem(MetadataIndex(fqn), WriteItemType.BYTE_IO)
         kind = _TYPES[int(self._templates.heads[template, 0])]
         own = TensorWriteData(
-            ChunkStorageMetadata(data.chunk.offsets, data.chunk.sizes), replace(data.properties), data.size
+            ChunkStorageMetadata(data.chunk.offsets, data.chunk.sizes), own_properties(data.properties), data.size
         )
         return WriteItem(MetadataIndex(fqn, data.chunk.offsets, hint), kind, tensor_data=own)
 

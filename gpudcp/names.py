@@ -34,8 +34,9 @@ class Names:
         if self._packed is None:
             nested = None
             if self.paths is not None:
-                nested = {fqn: path for fqn, path in self.paths.items() if path != (fqn,)}
-            self._packed = zlib.compress(json.dumps([self.fqns, nested]).encode(), 1)
+                own = set(self.fqns)
+                nested = {fqn: path for fqn, path in self.paths.items() if path != (fqn,) or fqn not in own}
+            self._packed = zlib.compress(_encoded([self.fqns, nested]), 1)
         return self._packed
 
     @property
@@ -54,13 +55,18 @@ class Names:
     @classmethod
     def unpacked(cls, packed: bytes) -> Names:
         """What `packed` gave."""
-        fqns, nested = json.loads(zlib.decompress(packed))
+        fqns, nested = json.loads(zlib.decompress(packed).decode("utf-8", "surrogatepass"))
         paths = None
         if nested is not None:
             paths = {fqn: (fqn,) for fqn in fqns} | {fqn: tuple(path) for fqn, path in nested.items()}
         names = cls(fqns, paths)
         names._packed = packed
         return names
+
+
+def _encoded(value: Any) -> bytes:
+    # Not escaped, and so nothing but what it is: two escaped halves of a character would be read as the character.
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
 
 _MOST_KNOWN = 64

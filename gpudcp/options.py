@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -19,16 +21,20 @@ SLAB_ALIGNMENT_NBYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """How bytes move. Host memory taken by a transfer is ``lanes * slab_nbytes``, whatever the model's size."""
+    """How bytes move. Memory taken by a transfer is ``lanes * slab_nbytes``, whatever the model's size.
+
+    The cuda executor takes it on the device and as pinned host memory, and keeps both for the next transfer.
+    """
 
     executor: Executor = "auto"
     files: Files = "auto"
-    slab_nbytes: int = 4 << 20
-    """One slab, and so the largest single read or write, in bytes: a multiple of 4096."""
+    slab_nbytes: int | None = None
+    """One slab, and so the largest single read or write, in bytes: a multiple of 4096. None: 4 MiB on the host, 32 MiB
+    on a device."""
     lanes: int = 4
     """Slabs in the ring: one being packed or unpacked, the others on their way."""
-    threads: int = 2
-    """Threads that read or write files."""
+    threads: int | None = None
+    """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2."""
     direct_io: DirectIO = "auto"
     """O_DIRECT for writes: ``auto`` decides by file-system type, ``on`` raises where it is not possible."""
     fsync: bool = True
@@ -48,12 +54,14 @@ class Options:
                 raise PlanError(f"Options({name}={value!r}): must be one of {', '.join(map(repr, allowed))}")
         for name, least in (("slab_nbytes", SLAB_ALIGNMENT_NBYTES), ("lanes", 1), ("threads", 1)):
             value = getattr(self, name)
+            if value is None and name != "lanes":
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise PlanError(f"Options({name}={value!r}): must be an integer of at least {least}")
         for name in ("fsync", "checksum", "trust_pickle"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PlanError(f"Options({name}={value!r}): must be True or False")
-        if self.slab_nbytes % SLAB_ALIGNMENT_NBYTES:
+        if self.slab_nbytes is not None and self.slab_nbytes % SLAB_ALIGNMENT_NBYTES:
             raise PlanError(f"Options(slab_nbytes={self.slab_nbytes}): must be a multiple of {SLAB_ALIGNMENT_NBYTES}")
 
 
@@ -64,3 +72,20 @@ _CHOICES = {
     "verify": get_args(Verify),
     "unsafe_objects": get_args(UnsafeObjects),
 }
+
+
+def ranks_of_this_node() -> int:
+    """How many ranks share this machine, as torchrun says; 1 where nobody says."""
+    given = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else 1
+
+
+def is_first_rank_of_node() -> bool:
+    """Whether this process is the one of its machine that speaks for all; True where nobody says."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton takes, which every first launch of a kernel needs."""
+    named = os.environ.get("CC")
+    return shutil.which(named) if named else shutil.which("gcc") or shutil.which("clang")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from gpudcp._dcp import StorageInfo
 from gpudcp.arrays import NONE, Path
-from gpudcp.columns import CheckpointColumns
+from gpudcp.columns import CheckpointColumns, own_properties, properties_key
 from gpudcp.names import Names
 from gpudcp.records import ItemRecords
 
@@ -67,14 +67,14 @@ class Entries(MutableMapping[str, Any]):
 
     def __init__(self, columns: CheckpointColumns) -> None:
         self.columns = columns
-        self._made: dict[str, Any] = {}
+        self._made: dict[str, tuple[Any, Any]] = {}
+        """Each with the state that it was made with."""
         self._changed: dict[str, Any] | None = None
 
     @property
     def is_unchanged(self) -> bool:
         """Whether the columns still say all: also of the entries that were made, which can be changed in place."""
-        numbers = self.columns.numbers
-        return self._changed is None and all(made == self._make(numbers[fqn]) for fqn, made in self._made.items())
+        return self._changed is None and all(_state(made) == state for made, state in self._made.values())
 
     def _dict(self) -> dict[str, Any]:
         if self._changed is None:
@@ -86,8 +86,9 @@ class Entries(MutableMapping[str, Any]):
             return self._changed[fqn]
         made = self._made.get(fqn)
         if made is None:
-            made = self._made[fqn] = self._make(self.columns.numbers[fqn])
-        return made
+            entry = self._make(self.columns.numbers[fqn])
+            made = self._made[fqn] = entry, _state(entry)
+        return made[0]
 
     def __setitem__(self, fqn: str, entry: Any) -> None:
         self._dict()[fqn] = entry
@@ -103,7 +104,7 @@ class Entries(MutableMapping[str, Any]):
         ndim = int(columns.ndims[number])
         boxes = columns.boxes[columns.row_boxes[columns.first_rows[number] : columns.first_rows[number + 1]]]
         return TensorStorageMetadata(
-            properties=replace(columns.properties[property_id]),
+            properties=own_properties(columns.properties[property_id]),
             size=torch.Size(columns.sizes[number, :ndim].tolist()),
             chunks=[
                 ChunkStorageMetadata(torch.Size(offsets), torch.Size(lengths))
@@ -127,6 +128,13 @@ class Entries(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return repr(dict(self))
+
+
+def _state(entry: Any) -> Any:
+    """All that can be changed in an entry."""
+    if not isinstance(entry, TensorStorageMetadata):
+        return None
+    return properties_key(entry.properties), entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
 
 
 class StorageData(Mapping[MetadataIndex, StorageInfo]):

@@ -61,9 +61,16 @@ def test_a_number_is_an_integer_of_at_least_its_least(name: str) -> None:
     """No fraction, no boolean, nothing below."""
     least = INTEGERS[name]
     assert getattr(Options(**{name: least}), name) == least
-    for wrong in (least - 1, 0, -4096, float(least), str(least), True, None):
+    for wrong in (least - 1, 0, -4096, float(least), str(least), True):
         with pytest.raises(PlanError, match=rf"^Options\({name}=.*\): must be an integer of at least {least}$"):
             Options(**{name: wrong})  # type: ignore[arg-type]
+
+
+def test_slabs_and_threads_need_not_be_said() -> None:
+    """Their defaults depend on where the tensors are; a ring of no lanes is none."""
+    assert Options(slab_nbytes=None, threads=None) == Options()
+    with pytest.raises(PlanError, match=r"^Options\(lanes=None\): must be an integer of at least 1$"):
+        Options(lanes=None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("wrong", [4097, 8191, 4096 + 64, (1 << 20) + 1])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pickle
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -11,7 +13,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, WriteItem
 
 from gpudcp.items import ReadItems, WriteItems, columns_of
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
-from gpudcp.views import ANNOUNCEMENT, ColumnMetadata
+from gpudcp.views import ANNOUNCEMENT, ColumnMetadata, Paths
 
 STATE = {"a": {"b": torch.zeros(2, 3)}, "c": torch.tensor(1), "d": "text"}
 
@@ -70,6 +72,43 @@ def test_changed_items_are_a_list_from_then_on() -> None:
     assert list(WriteItems(again)) == list(items)
 
 
+def test_what_is_changed_inside_an_item_is_changed_in_that_item_alone() -> None:
+    """As in torch: items of one shape share nothing that can be changed, not with those of a later plan either."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner({"a": torch.zeros(3), "b": torch.zeros(3)})
+    items = planner.create_local_plan().items
+    assert isinstance(items, WriteItems)
+    (data,) = [item.tensor_data for item in items if item.index.fqn == "a"]
+    assert data is not None
+    data.properties.dtype = torch.float16
+    assert items.columns is None
+    for each in (items, pickle.loads(pickle.dumps(items)), list(WriteItems(columns_of(items, None)))):
+        dtypes = [item.tensor_data.properties.dtype for item in each if item.tensor_data is not None]
+        assert dtypes == [torch.float16, torch.float32]
+    assert [item.tensor_data.properties.dtype for item in planner.create_local_plan().items if item.tensor_data] == [
+        torch.float32,
+        torch.float32,
+    ]
+
+
+def test_items_that_somebody_only_looks_at_stay_columns() -> None:
+    """What is handed out is kept, and compared."""
+    items = write_items()
+    assert items[0] is items[0]
+    assert len(list(items)) == 3
+    assert items.columns is not None
+
+
+def test_items_are_sorted_and_copied_as_a_list_is() -> None:
+    """The two methods of a list that a MutableSequence lacks and planners use."""
+    items = write_items()
+    copied = items.copy()
+    assert type(copied) is list
+    items.sort(key=lambda item: item.index.fqn, reverse=True)
+    assert [item.index.fqn for item in items] == ["d", "c", "a.b"]
+    assert [item.index.fqn for item in copied] == ["a.b", "c", "d"]
+
+
 def test_items_travel_as_columns() -> None:
     """And names that are known on the other side are not made twice."""
     one, other = (pickle.loads(pickle.dumps(write_items())) for _ in range(2))
@@ -102,3 +141,44 @@ def test_read_items_survive_in_a_plan_that_is_pickled() -> None:
     plan = pickle.loads(pickle.dumps(LoadPlan(items)))  # type: ignore[arg-type]
     assert type(plan.items) is list
     assert plan.items == list(items)
+
+
+def test_planner_data_is_changed_as_a_dict_is() -> None:
+    """It travels as a dict from then on; the names, which other plans share, stay as they are."""
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(STATE)
+    paths: Any = planner.create_local_plan().planner_data
+    assert type(pickle.loads(pickle.dumps(paths))) is Paths
+    paths["c"] = ("e", "c")
+    del paths["d"]
+    expected = {"a.b": ("a", "b"), "c": ("e", "c")}
+    assert paths == expected
+    assert pickle.loads(pickle.dumps(paths)) == expected
+    assert paths.names.paths == {"a.b": ("a", "b"), "c": ("c",), "d": ("d",)}
+
+
+def test_entries_are_changed_as_those_of_a_dict_are() -> None:
+    """Put in, taken out, or changed in place, and each by itself; then the columns say nothing any more."""
+
+    def put(entries: Any) -> None:
+        entries["e"] = entries["c"]
+
+    def take_out(entries: Any) -> None:
+        del entries["c"]
+
+    def change(entries: Any) -> None:
+        entries["c"].properties.requires_grad = True
+
+    def change_chunk(entries: Any) -> None:
+        entries["a.b"].chunks[0].sizes = torch.Size([1, 3])
+
+    for act in (put, take_out, change, change_chunk):
+        found = metadata()
+        expected = found.plain()
+        assert found.is_unchanged
+        act(found.state_dict_metadata)
+        act(copied := copy.deepcopy(expected.state_dict_metadata))
+        assert not found.is_unchanged
+        assert found.state_dict_metadata == copied
+        assert len(found.state_dict_metadata) == len(copied)
+        assert pickle.loads(pickle.dumps(found)).state_dict_metadata == copied

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from typing import TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ DtypeRequest: TypeAlias = (
 """What ``dtype=`` takes; see `CastRule.of`."""
 
 _Choice: TypeAlias = Callable[[str, torch.dtype], torch.dtype | None]
+_Pattern: TypeAlias = tuple[re.Pattern[str], torch.dtype]
 
 
 class CastRule:
@@ -85,26 +86,34 @@ class CastRule:
 
 
 def _choice(request: object) -> _Choice:
-    if request is None:
-        return lambda fqn, dtype: None  # noqa: ARG005
-    if isinstance(request, torch.dtype):
-        _check_target(request)
-        return lambda fqn, dtype: request  # noqa: ARG005
+    # Named functions, as process-based async saves pickle planners.
+    if request is None or isinstance(request, torch.dtype):
+        if request is not None:
+            _check_target(request)
+        return partial(_same, request)
     if isinstance(request, Mapping):
-        return _first_match(request)
+        return partial(_first_match, _patterns(request))
     if callable(request):
         return request
     raise PlanError(f"dtype={request!r}: a torch.dtype, a mapping of patterns to dtypes, or a callable is needed")
 
 
-def _first_match(request: Mapping[str, torch.dtype]) -> _Choice:
+def _same(target: torch.dtype | None, _fqn: str, _dtype: torch.dtype) -> torch.dtype | None:
+    return target
+
+
+def _first_match(patterns: list[_Pattern], fqn: str, _dtype: torch.dtype) -> torch.dtype | None:
+    return next((target for matcher, target in patterns if matcher.match(fqn)), None)
+
+
+def _patterns(request: Mapping[str, torch.dtype]) -> list[_Pattern]:
     patterns = []
     for pattern, target in request.items():
         if not isinstance(pattern, str):
             raise PlanError(f"dtype={{{pattern!r}: ...}}: a pattern is a str, not a {type(pattern).__name__}")
         _check_target(target, f"pattern {pattern!r}: ")
         patterns.append((re.compile(fnmatch.translate(pattern)), target))
-    return lambda fqn, dtype: next((target for matcher, target in patterns if matcher.match(fqn)), None)  # noqa: ARG005
+    return patterns
 
 
 def _check_target(target: object, of_what: str = "") -> None:

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import TensorProperties
 from gpudcp.arrays import NONE, Int32, Int64, Path, distinct_numbers, distinct_rows
 from gpudcp.columns import OBJECT, SHARD, CheckpointColumns, SaveColumns, Templates, properties_key
 from gpudcp.errors import PlanError
+from gpudcp.formats.dtypes import QUANTIZED_DTYPES
 from gpudcp.names import Names
 from gpudcp.planners.balance import Replicas, assign
 from gpudcp.planners.validate import check_chunks
@@ -189,7 +190,10 @@ def _rows_to_split(templates: Templates, template_ids: Int32) -> Int64:
     """Rows that a chunk can be cut into; 1: it stays whole."""
     if templates.boxes.shape[2] == 0:
         return np.ones(len(template_ids), dtype=np.int64)
-    return np.where(templates.ndims[template_ids] > 0, templates.boxes[template_ids, 2, 0], 1)
+    # Quantized tensors go whole: a part has a scale of its own, which would not reach the whole destination.
+    may_split = np.array([each.dtype not in QUANTIZED_DTYPES for each in templates.properties] + [False], dtype=bool)
+    is_split = may_split[templates.property_ids[template_ids]] & (templates.ndims[template_ids] > 0)
+    return np.where(is_split, templates.boxes[template_ids, 2, 0], 1)
 
 
 def _with_pieces(items: _Items, chosen: Int64, first_rows: Int64, nrows: Int64) -> Int32:

@@ -95,7 +95,7 @@ class DefaultLoadPlanner(LoadPlanner):
             flat, paths = flatten_as_torch_2_3(self.original_state_dict)
             if any(fqn in saved and fqn not in self.state_dict for fqn in flat):
                 self.state_dict, self.mappings = flat, paths
-        if isinstance(self.metadata, ColumnMetadata):
+        if isinstance(self.metadata, ColumnMetadata) and self.metadata.is_unchanged:
             return LoadPlan(self._read_items(self.metadata.columns))  # type: ignore[arg-type]
         plan = local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
         if self.on_dtype_mismatch != "cast":

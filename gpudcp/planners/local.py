@@ -128,6 +128,8 @@ class LocalItemsMaker:
         for item in items:
             if item.tensor_data is not None:
                 self._check_dtype(fqn, item.tensor_data.properties.dtype)
+                if self._casts is not None and isinstance(value, ShardedTensor):
+                    item.tensor_data.properties.dtype = self._casts.dtype_of(fqn, value)
         return [template_number(self._table, item) for item in items]
 
     def _plain(self, fqn: str, tensor: torch.Tensor) -> tuple[int, Sizes]:
@@ -152,16 +154,16 @@ class LocalItemsMaker:
         if known[1] is None:
             return None
         start, lengths = known[1]
+        if local.shape != lengths:
+            raise PlanError(
+                f"{fqn}: the DTensor's placements make a local shard of {tuple(lengths)}, it has {tuple(local.shape)}"
+            )
         dtype = local.dtype
         if self._casts is not None:
             dtype = self._casts.dtype_for(fqn, dtype)
         key = (tensor.shape, start, lengths, dtype, tensor.requires_grad, local.is_pinned())
         found = self._numbers.get(key)
         if found is None:
-            if tuple(local.shape) != lengths:
-                raise PlanError(
-                    f"{fqn}: the DTensor's placements make a local shard of {lengths}, it has {tuple(local.shape)}"
-                )
             properties = self._properties(fqn, local, dtype)
             properties.requires_grad = tensor.requires_grad
             number = self._table.number(SHARD, properties, tuple(tensor.shape), start, lengths)

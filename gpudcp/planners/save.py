@@ -18,6 +18,7 @@ from gpudcp.columns import OBJECT, CheckpointColumns, SaveColumns
 from gpudcp.errors import PlanError
 from gpudcp.formats.objects import DumpedObject
 from gpudcp.items import WriteItems, columns_of
+from gpudcp.names import Names
 from gpudcp.planners.casts import CastRule, DtypeRequest
 from gpudcp.planners.coordinate import coordinate
 from gpudcp.planners.local import LocalItems, LocalItemsMaker, flattened
@@ -208,8 +209,22 @@ class DefaultSavePlanner(SavePlanner):
 
 
 def _columns_of_plan(plan: SavePlan) -> SaveColumns:
+    """The columns of a rank's plan, which it, or its storage, may have changed.
+
+    Raises:
+        PlanError: ``planner_data`` is a mapping, but not one of keys to paths.
+    """
     paths = plan.planner_data if isinstance(plan.planner_data, Mapping) else None
-    return columns_of(plan.items, paths)
+    columns = columns_of(plan.items, paths)
+    is_own = isinstance(paths, Paths) and paths.is_unchanged and paths.names is columns.names
+    if paths is None or is_own:
+        return columns
+    for fqn, path in paths.items():
+        if not (isinstance(fqn, str) and isinstance(path, tuple) and all(type(part) in (str, int) for part in path)):
+            raise PlanError(f"planner_data: {fqn!r}: {path!r} is no path in a state dict, a tuple of str and int")
+    if paths == columns.names.paths:
+        return columns
+    return dataclasses.replace(columns, names=Names(columns.names.fqns, dict(paths)))
 
 
 def _replaced(plan: SavePlan, columns: SaveColumns) -> SavePlan:
@@ -219,9 +234,14 @@ def _replaced(plan: SavePlan, columns: SaveColumns) -> SavePlan:
 class _Known(NamedTuple):
     """What the coordinator remembers of one rank."""
 
-    digest: bytes
+    digest: bytes | None
+    """Of what the rank's planner made. None: of a plan that was changed after that, so it is not known here."""
     local: SaveColumns
     plan: SavePlan
+
+    def is_said_by(self, plan: SavePlan) -> bool:
+        """Whether a rank that sends this plan says that it has not changed."""
+        return not plan.usable and self.digest in (None, plan.planner_data)
 
 
 class _PlanCache:
@@ -252,9 +272,8 @@ class _PlanCache:
     def coordinated(self, plans: list[SavePlan], coordinate: Any) -> tuple[list[SavePlan], CheckpointColumns]:
         """The plans to send back: unusable ones stand for "as last time"."""
         known = self._everybody
-        if self._checkpoint is not None and [own.digest for own in known] == [
-            None if plan.usable else plan.planner_data for plan in plans
-        ]:
+        is_known = len(known) == len(plans) and all(map(_Known.is_said_by, known, plans))
+        if self._checkpoint is not None and is_known:
             return [SavePlan([], usable=False)] * len(plans), self._checkpoint
         local = [self._local_of(rank, plan) for rank, plan in enumerate(plans)]
         columns, checkpoint = coordinate([own for _, own in local])
@@ -268,12 +287,12 @@ class _PlanCache:
         self._everybody, self._checkpoint = made, checkpoint
         return sent, checkpoint
 
-    def _local_of(self, rank: int, plan: SavePlan) -> tuple[bytes, SaveColumns]:
+    def _local_of(self, rank: int, plan: SavePlan) -> tuple[bytes | None, SaveColumns]:
         if plan.usable:
-            columns = _columns_of_plan(plan)
-            return digest_of(columns), columns
+            made = plan.items.columns if isinstance(plan.items, WriteItems) else None
+            return None if made is None else digest_of(made), _columns_of_plan(plan)
         own = self._everybody[rank] if rank < len(self._everybody) else None
-        if own is None or own.digest != plan.planner_data:
+        if own is None or not own.is_said_by(plan):
             raise PlanError(
                 f"rank {rank} says that its plan has not changed, but the coordinator does not know it; "
                 "use the same planners for every save, or none of their caching"

@@ -120,13 +120,13 @@ def _swept(offsets: Int64, lengths: Int64, ndim: int) -> tuple[int, int] | None:
     dim = max(range(ndim), key=lambda d: len(np.unique(offsets[:, d])))
     order = np.argsort(offsets[:, dim], kind="stable")
     starts, ends = offsets[order], offsets[order] + lengths[order]
-    for number in range(1, len(order)):
-        # Boxes are sorted by start; the longest one says how far back a box can reach.
-        reach = np.searchsorted(starts[:, dim], starts[number, dim] - lengths[:, dim].max(), side="right")
-        before = slice(int(reach), number)
+    # Boxes are sorted by start; the longest one says how far back a box can reach.
+    reaches = np.searchsorted(starts[:, dim], starts[:, dim] - lengths[:, dim].max(), side="right").tolist()
+    for number, reach in enumerate(reaches):
+        before = slice(reach, number)
         hit = (starts[before] < ends[number]).all(axis=1) & (ends[before] > starts[number]).all(axis=1)
         if hit.any():
-            return int(order[int(reach) + int(np.argmax(hit))]), int(order[number])
+            return int(order[reach + int(np.argmax(hit))]), int(order[number])
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -122,6 +123,15 @@ def test_a_callable_that_returns_no_dtype_is_refused() -> None:
     rule: Any = CastRule.of(lambda *_: "float16")  # type: ignore[arg-type, return-value]
     with pytest.raises(PlanError, match=r"weight: 'float16' is no torch\.dtype"):
         rule.dtype_for("weight", torch.float32)
+
+
+@pytest.mark.parametrize("request_", [None, torch.float16, {"a.*": torch.float16, "*": torch.bfloat16}])
+def test_a_rule_pickles(request_: Any) -> None:
+    """As process-based async saves send planners to another process."""
+    rule = CastRule.of(request_)
+    again = pickle.loads(pickle.dumps(rule))
+    for fqn in ("a.b", "b"):
+        assert again.dtype_for(fqn, torch.float32) is rule.dtype_for(fqn, torch.float32)
 
 
 def test_a_rule_is_its_own_rule() -> None:

@@ -193,6 +193,14 @@ def test_small_replicas_stay_whole() -> None:
     assert sorted(len(plan) for plan in found.plans) == [0, 0, 0, 1]
 
 
+def test_quantized_replicas_stay_whole() -> None:
+    """A part of one would be loaded with its own scale, into a view that the whole tensor does not hear of."""
+    item = item_of("q", (2 << 20, 1), dtype=torch.qint8, kind=WriteItemType.TENSOR)
+    found = planned([[item], [item]], split=True)
+    assert [len(plan) for plan in found.plans] == [1, 0]
+    assert found.plans[0].templates.boxes[found.plans[0].template_ids, 2].tolist() == [[2 << 20, 1]]
+
+
 @pytest.mark.parametrize(
     ("ranks", "message"),
     [

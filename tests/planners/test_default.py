@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import io
 import logging
 import pickle
@@ -121,6 +122,93 @@ def test_a_changed_dtype_is_seen_though_plan_caching_is_asked_for(tmp_path: Path
             assert isinstance(weight, TensorStorageMetadata)
             described[name] = weight.properties.dtype
     assert described == {"ours": torch.bfloat16, "torchs": torch.float32}
+
+
+def without_b(plan: SavePlan) -> SavePlan:
+    return dataclasses.replace(plan, items=[item for item in plan.items if item.index.fqn != "b"])
+
+
+def with_a_as_float16(plan: SavePlan) -> SavePlan:
+    for item in plan.items:
+        if item.index.fqn == "a" and item.tensor_data is not None:
+            item.tensor_data.properties.dtype = torch.float16
+    return plan
+
+
+def with_other_paths(plan: SavePlan) -> SavePlan:
+    if not plan.usable:  # as with torch's planner, it has no paths then
+        return plan
+    return dataclasses.replace(plan, planner_data={**plan.planner_data, "a": ("x", "a"), "more": ("more",)})
+
+
+def with_a_changed_path(plan: SavePlan) -> SavePlan:
+    if plan.usable:
+        plan.planner_data["a"] = ("x", "a")  # type: ignore[index]
+    return plan
+
+
+def sorted_by_name(plan: SavePlan) -> SavePlan:
+    plan.items.sort(key=lambda item: item.index.fqn)
+    return plan
+
+
+def unchanged(plan: SavePlan) -> SavePlan:
+    return plan
+
+
+CHANGES = [without_b, with_a_as_float16, with_other_paths, with_a_changed_path, sorted_by_name, unchanged]
+
+
+def changing(base: type[Any], change: Callable[[SavePlan], SavePlan]) -> type[Any]:
+    """A default planner whose local plans somebody changes."""
+
+    class Changing(base):  # type: ignore[misc]
+        def create_local_plan(self) -> SavePlan:
+            return change(super().create_local_plan())
+
+    return Changing
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_local_plan_that_a_subclass_changes_is_planned_as_torch_plans_it(
+    change: Callable[[SavePlan], SavePlan],
+) -> None:
+    """Items and planner data, replaced or changed in place."""
+    state = {"b": torch.zeros(3), "a": torch.ones(3), "c": 1}
+    ours, torchs = (
+        planned(changing(each, change)(), state) for each in (DefaultSavePlanner, torch_planners.DefaultSavePlanner)
+    )
+    assert ours == torchs
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_local_plan_that_a_subclass_changes_may_be_cached(
+    tmp_path: Path, change: Callable[[SavePlan], SavePlan]
+) -> None:
+    """A rank whose plan has not changed says so of what it made, which the coordinator never saw."""
+    state = {"b": torch.zeros(3), "a": torch.ones(3), "c": 1}
+    once = changing(DefaultSavePlanner, change)()
+    expected = dict(gpudcp.save(state, tmp_path / "once", planner=once).state_dict_metadata)
+    planner = changing(DefaultSavePlanner, change)(enable_plan_caching=True)
+    for step in range(3):
+        state["c"] = step
+        assert gpudcp.save(state, tmp_path / "cached", planner=planner).state_dict_metadata == expected
+        found = {"a": torch.zeros(3), "c": None}
+        gpudcp.load(found, tmp_path / "cached")
+        assert torch.equal(found["a"], torch.ones(3))  # type: ignore[arg-type]
+        assert found["c"] == step
+
+
+@pytest.mark.parametrize("planner_data", [{"a": "x"}, {"a": ["a"]}, {"a": (None,)}, {1: ("a",)}])
+def test_planner_data_that_are_no_paths_are_refused(planner_data: Any) -> None:
+    """torch saves them, and fails where it rebuilds a state dict; what is no mapping at all is left alone, as there."""
+    planner = changing(DefaultSavePlanner, lambda plan: dataclasses.replace(plan, planner_data=planner_data))()
+    with pytest.raises(PlanError, match="is no path in a state dict"):
+        planned(planner, {"a": torch.ones(2)})
+    planner = changing(DefaultSavePlanner, lambda plan: dataclasses.replace(plan, planner_data="a rank's own"))()
+    plans, metadata = planned(planner, {"a": torch.ones(2)})
+    assert plans[0].planner_data == "a rank's own"
+    assert metadata.planner_data == {"a": ("a",)}
 
 
 class Subclass(torch.Tensor):

@@ -162,6 +162,16 @@ def test_all_that_is_wrong_is_said_at_once(saved: Path) -> None:
     assert "m.bias: size (3,) in the checkpoint, (4,) in the state dict" in str(told.value)
 
 
+def test_metadata_that_somebody_has_changed_is_what_is_planned_by() -> None:
+    """Its columns still say what it was."""
+    metadata = metadata_of({"a": torch.zeros(2), "b": torch.zeros(2)})
+    del metadata.state_dict_metadata["b"]
+    planner = DefaultLoadPlanner()
+    planner.set_up_planner({"a": torch.zeros(2), "b": torch.zeros(2)}, metadata)
+    with pytest.raises(MissingKeyError, match="'b'"):
+        planner.create_local_plan()
+
+
 def test_an_empty_state_dict_is_rebuilt_whole(saved: Path) -> None:
     """Nested as it was saved."""
     state: dict[str, Any] = {}

@@ -1,7 +1,7 @@
 PYTHON ?= python
 DEMO_VENV := .venv-demo
 
-.PHONY: check test test-gpu bench demo clean
+.PHONY: check test test-gpu test-kvikio bench demo clean
 
 check:
 	$(PYTHON) -m ruff check .
@@ -14,6 +14,10 @@ test:
 
 test-gpu:
 	$(PYTHON) -m pytest -m gpu
+
+# The real KvikIO without a GPU: needs `pip install kvikio-cu13` (or the light set of it) and gcc, skips without.
+test-kvikio:
+	$(PYTHON) -m pytest -m kvikio tests/files
 
 bench:
 	$(PYTHON) -m pytest bench --size=full

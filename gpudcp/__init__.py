@@ -8,6 +8,7 @@ from gpudcp.probe import probe
 from gpudcp.report import TransferReport
 from gpudcp.storage.reader import GpuStorageReader
 from gpudcp.storage.writer import GpuStorageWriter
+from gpudcp.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "planners",
     "probe",
     "save",
+    "tune",
 ]

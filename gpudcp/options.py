@@ -85,6 +85,14 @@ def is_first_rank_of_node() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
+def user_cache_directory() -> str | None:
+    """Where this user's programs keep what they can do without; None: nowhere."""
+    for path in (os.environ.get("XDG_CACHE_HOME", ""), os.path.expanduser("~/.cache")):
+        if os.path.isabs(path):  # as the XDG specification says: a relative one is ignored
+            return path
+    return None
+
+
 def c_compiler() -> str | None:
     """The C compiler that Triton takes, which every first launch of a kernel needs."""
     named = os.environ.get("CC")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from gpudcp.executors.select import unavailable
-from gpudcp.files.tune import choose_write, file_system_type, supports_direct_io
+from gpudcp.files import gds
+from gpudcp.files.filesystems import file_system_type, supports_direct_io
+from gpudcp.files.tune import choose_write
 from gpudcp.formats import checksum
 
 
@@ -46,14 +48,19 @@ class Probe:
 
 
 def probe(path: str | os.PathLike[str] = ".") -> Probe:
-    """Find out what works here; ``path`` is where checkpoints would go. Writes nothing and starts nothing."""
+    """Find out what works here; ``path`` is where checkpoints would go.
+
+    Writes nothing. Where KvikIO is installed, the first call asks the machine in a child process, with a time limit.
+    """
     directory = os.fspath(path)
     return Probe(
         python=platform.python_version(),
         torch=torch.__version__,
         capabilities=(
             Capability(name="cpu", is_available=True, reason="host slabs, a thread pool"),
-            *(_named(name) for name in ("cuda", "interpret", "gds", "kvikio")),
+            *(_named(name) for name in ("cuda", "interpret")),
+            _gds(),
+            _kvikio(),
             Capability(name="posix", is_available=True, reason="buffered reads and writes"),
             _direct(directory),
             _checksum(),
@@ -64,6 +71,27 @@ def probe(path: str | os.PathLike[str] = ".") -> Probe:
 def _named(name: str) -> Capability:
     why = unavailable(name)
     return Capability(name=name, is_available=why is None, reason=why or "")
+
+
+def _gds() -> Capability:
+    if (why := gds.unavailable_reason("gds")) is not None:
+        return Capability(name="gds", is_available=False, reason=why)
+    return Capability(
+        name="gds",
+        is_available=True,
+        reason=f"GPUDirect Storage over {gds.transport()}; a trial transfer before the first use has the last word",
+    )
+
+
+def _kvikio() -> Capability:
+    if (why := gds.unavailable_reason("kvikio")) is not None:
+        return Capability(name="kvikio", is_available=False, reason=why)
+    is_compat = gds.unavailable_reason("gds") is not None
+    return Capability(
+        name="kvikio",
+        is_available=True,
+        reason="device memory in compat mode: POSIX calls through pinned memory" if is_compat else "device memory",
+    )
 
 
 def _direct(directory: str) -> Capability:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import gpudcp
-from gpudcp.files import tune
+from gpudcp.files import filesystems, gds
 from gpudcp.formats import checksum
 
 
@@ -39,14 +39,35 @@ def test_every_backend_that_options_can_name_is_listed() -> None:
         gpudcp.probe()["floppy"]
 
 
+@pytest.mark.parametrize(
+    ("gds_reason", "kvikio_reason", "said"),
+    [
+        ("gds: no; or do", "kvikio: no; or do", ("gds: no; or do", "kvikio: no; or do")),
+        ("gds: no; or do", None, ("gds: no; or do", "device memory in compat mode: POSIX calls through pinned memory")),
+        (None, None, ("GPUDirect Storage over nvidia-fs", "device memory")),
+    ],
+)
+def test_gds_and_kvikio_are_what_the_machine_says(
+    monkeypatch: pytest.MonkeyPatch, gds_reason: str | None, kvikio_reason: str | None, said: tuple[str, str]
+) -> None:
+    """KvikIO without GPUDirect Storage is its compat mode, and is called so."""
+    reasons = {"gds": gds_reason, "kvikio": kvikio_reason}
+    monkeypatch.setattr(gds, "unavailable_reason", reasons.__getitem__)
+    monkeypatch.setattr(gds, "transport", lambda: "nvidia-fs")
+    found = gpudcp.probe()
+    for name, start in zip(reasons, said, strict=True):
+        assert found[name].is_available == (reasons[name] is None)
+        assert found[name].reason.startswith(start)
+
+
 def test_direct_io_is_tried_where_the_checkpoint_would_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The answer is the directory's, and its file system is named."""
-    assert gpudcp.probe(tmp_path)["direct"].is_available == tune.supports_direct_io(str(tmp_path))
+    assert gpudcp.probe(tmp_path)["direct"].is_available == filesystems.supports_direct_io(str(tmp_path))
     monkeypatch.setattr(importlib.import_module("gpudcp.probe"), "supports_direct_io", lambda _: False)
     refused = gpudcp.probe(tmp_path)["direct"]
     assert not refused.is_available
     assert str(tmp_path) in refused.reason
-    assert tune.file_system_type(str(tmp_path)) in refused.reason
+    assert filesystems.file_system_type(str(tmp_path)) in refused.reason
     assert not gpudcp.probe(tmp_path / "absent")["direct"].is_available
 
 

@@ -45,6 +45,10 @@ class Executor(Protocol):
     """Moves bytes as a plan says: same plan, same bytes, whichever executor."""
 
     name: str
+    slab_nbytes: int
+    """What plans for this executor are cut into: the largest single transfer, a multiple of 4096."""
+    checksum: str
+    """What computes CRC-32, for the report."""
 
     def save(
         self,

@@ -22,6 +22,7 @@ from gpudcp.executors.slabs import HostSlab
 from gpudcp.executors.unpacking import Destinations
 from gpudcp.executors.verifying import Checksums
 from gpudcp.files.base import FileReader, FileWriter
+from gpudcp.formats import checksum
 from gpudcp.formats.checksum import crc32
 from gpudcp.report import Stopwatch
 
@@ -30,8 +31,10 @@ class CpuExecutor:
     """Packs into and unpacks from a ring of ``lanes`` host slabs."""
 
     name = "cpu"
+    checksum = checksum.LIBRARY
 
-    def __init__(self, *, lanes: int, threads: int, has_checksum: bool) -> None:
+    def __init__(self, *, lanes: int, threads: int, slab_nbytes: int, has_checksum: bool) -> None:
+        self.slab_nbytes = slab_nbytes
         self._lanes = lanes
         self._threads = threads
         self._has_checksum = has_checksum

@@ -13,6 +13,7 @@ from gpudcp.boxes import boxes_of_run
 from gpudcp.chunkplan.load import STRAIGHT_NBYTES
 from gpudcp.chunkplan.save import ChunkWrite, LiteralWrite, SaveFilePlan
 from gpudcp.executors.base import SaveSource
+from gpudcp.executors.casting import copy_cast
 from gpudcp.executors.memory import CACHED_NBYTES, as_bits, is_plain_memory, memory_at
 from gpudcp.executors.slabs import HostSlab
 from gpudcp.files.base import FileWriter
@@ -166,7 +167,7 @@ class Packer:
             taken = 0
             for offsets, lengths in boxes_of_run(tuple(tensor.shape), done, done + count):
                 box = tensor[tuple(slice(o, o + n) for o, n in zip(offsets, lengths, strict=True))]
-                packed[taken : taken + box.numel()].view(box.shape).copy_(box)
+                copy_cast(packed[taken : taken + box.numel()].view(box.shape), box)
                 taken += box.numel()
             if crc is not None:
                 crc = crc32(self._slab.view[self._fill : self._fill + nbytes], crc)

@@ -1,35 +1,143 @@
-"""Choose an executor and say why. "auto" may fall back; a backend asked for by name may not."""
+"""Choose an executor and a way to its files, and say why. "auto" may fall back; a backend asked for by name may not."""
 
 from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import torch
 
 from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors.base import Executor
 from gpudcp.executors.cpu import CpuExecutor
-from gpudcp.options import Options
+from gpudcp.executors.ways import choose_files, figures_name
+from gpudcp.files.figures import Direction, Way
+from gpudcp.options import Options, c_compiler, ranks_of_this_node
 
-_NOT_BUILT = {
-    "cuda": "the CUDA executor is not part of this version of gpudcp; use Options(executor='auto') or 'cpu'",
-    "interpret": "the interpreter is not part of this version of gpudcp; use Options(executor='auto') or 'cpu'",
-    "gds": "GPUDirect Storage is not part of this version of gpudcp; use Options(files='auto') or 'posix'",
-    "kvikio": "KvikIO files are not part of this version of gpudcp; use Options(files='auto') or 'posix'",
-}
+HOST_SLAB_NBYTES = 4 << 20
+DEVICE_SLAB_NBYTES = 32 << 20
+THREADS = 2
 
-
-def unavailable(backend: str) -> str | None:
-    """Why a backend, an executor or a way of reaching files, cannot be used here; None: it can."""
-    return _NOT_BUILT.get(backend)
+_REMEDY = "use Options(executor='auto') or 'cpu'"
 
 
-def choose_executor(options: Options) -> tuple[Executor, str]:
-    """The executor for these options, and the reason for it.
+class Selection(NamedTuple):
+    """Who moves the bytes of a transfer, and by which way to the files."""
+
+    executor: Executor
+    way: Way
+    threads: int
+    device: str
+    """Whose memory moves, as figures of transfers know it: "cpu", or a GPU's name."""
+    reasons: tuple[str, str]
+    """Why this executor and this way, one sentence each."""
+
+
+def select(
+    options: Options, directory: str, *, direction: Direction, devices: Callable[[], Collection[torch.device] | None]
+) -> Selection:
+    """The executor and the way to the files of a transfer.
+
+    Args:
+        options: what was asked for.
+        directory: where the files are.
+        direction: "write" for a save.
+        devices: gives those of the tensors that move; None: they are not known.
 
     Raises:
         BackendUnavailableError: the options ask by name for what is not available.
     """
-    for name, asked in (("executor", options.executor), ("files", options.files)):
-        if (why := unavailable(asked)) is not None:
-            raise BackendUnavailableError(f"Options({name}={asked!r}): {why}")
-    executor = CpuExecutor(lanes=options.lanes, threads=options.threads, has_checksum=options.checksum)
-    if options.executor == "cpu":
-        return executor, "Options(executor='cpu')"
-    return executor, "the cpu executor, the only one in this version"
+    device, reason = _choose_device(options, devices)
+    on_gpu = None if device is None or device.type == "cpu" else device
+    choice = choose_files(options, directory, direction, on_gpu)
+    threads = options.threads or _shared(choice.threads) or THREADS
+    slab_nbytes = options.slab_nbytes or (HOST_SLAB_NBYTES if device is None else DEVICE_SLAB_NBYTES)
+    executor: Executor = CpuExecutor(
+        lanes=options.lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=options.checksum
+    )
+    if device is not None:
+        executor = _device_executor(device, executor, options, threads=threads, slab_nbytes=slab_nbytes)
+    return Selection(executor, choice.way, threads, figures_name(on_gpu), (reason, choice.reason))
+
+
+def unavailable(executor: str) -> str | None:
+    """Why an executor cannot be used here, ending with the remedy; None: it can."""
+    if executor not in ("cuda", "interpret"):
+        return None
+    if importlib.util.find_spec("triton") is None:
+        return f"Triton is not installed: pip install triton, or {_REMEDY}"
+    if executor == "interpret":
+        if "gpudcp_kernels.triton_api" in sys.modules and not _is_interpreting():
+            return f"this process has compiled its kernels already: set TRITON_INTERPRET=1 from its start, or {_REMEDY}"
+        return None
+    if not torch.cuda.is_available():
+        return f"torch sees no CUDA device: install torch with CUDA, see nvidia-smi, or {_REMEDY}"
+    if "gpudcp_kernels.triton_api" in sys.modules and _is_interpreting():
+        return f"this process interprets its kernels: unset TRITON_INTERPRET, or {_REMEDY}"
+    if c_compiler() is None:
+        return f"Triton needs a C compiler at its first launch and finds none: install gcc, set CC, or {_REMEDY}"
+    return None
+
+
+def _choose_device(
+    options: Options, devices: Callable[[], Collection[torch.device] | None]
+) -> tuple[torch.device | None, str]:
+    """The device of the device executor (the host's: the interpreter), None for the cpu executor; and why."""
+    asked = options.executor
+    if asked in ("cuda", "interpret") and (why := unavailable(asked)) is not None:
+        raise BackendUnavailableError(f"Options(executor={asked!r}): {why}")
+    if asked == "cpu":
+        return None, "Options(executor='cpu')"
+    if asked == "interpret":
+        return torch.device("cpu"), "Options(executor='interpret')"
+    if asked == "auto" and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None, "the cpu executor: no tensor on a GPU"
+    known = devices()
+    on_gpu = sorted({device for device in known or () if device.type == "cuda"}, key=str)
+    if asked == "cuda":
+        return (on_gpu or [_current()])[0], "Options(executor='cuda')"
+    if not on_gpu:
+        if known is not None:
+            return None, "the cpu executor: no tensor on a GPU"
+        on_gpu = [_current()]
+    if (why := unavailable("cuda")) is not None:
+        return None, f"the cpu executor: {why}"
+    return on_gpu[0], f"the cuda executor: tensors on {', '.join(map(str, on_gpu))}"
+
+
+def _device_executor(
+    device: torch.device, fallback: Executor, options: Options, *, threads: int, slab_nbytes: int
+) -> Executor:
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    # Only now: these import triton.
+    from gpudcp.executors.cuda import DeviceExecutor
+    from gpudcp.executors.devices import CudaDevice, InterpretedDevice
+
+    return DeviceExecutor(
+        InterpretedDevice() if device.type == "cpu" else CudaDevice(device),
+        name="interpret" if device.type == "cpu" else "cuda",
+        lanes=options.lanes,
+        threads=threads,
+        slab_nbytes=slab_nbytes,
+        has_checksum=options.checksum,
+        fallback=fallback,
+    )
+
+
+def _is_interpreting() -> bool:
+    from gpudcp_kernels.triton_api import IS_INTERPRETING
+
+    return IS_INTERPRETING
+
+
+def _current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _shared(threads: int | None) -> int | None:
+    """One rank's share of the threads that are best for its node."""
+    return None if threads is None else max(1, threads // ranks_of_this_node())

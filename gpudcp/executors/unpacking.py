@@ -9,6 +9,7 @@ import torch
 
 from gpudcp.chunkplan.load import NO_DESTINATION, ChunkRead, LoadChunkPlan, SlabRead
 from gpudcp.executors.base import LoadTarget
+from gpudcp.executors.casting import copy_cast
 from gpudcp.executors.memory import as_bits, is_plain_memory
 from gpudcp.executors.slabs import HostSlab
 
@@ -39,10 +40,24 @@ class Destinations:
             if position == NO_DESTINATION:
                 continue
             if slab is not None:
-                _unpack(slab, chunk.byte_offset - read.byte_offset, chunk, self._tensor(position))
+                tensor = self._tensor(position)
+                box = tensor if tensor.shape == chunk.lengths else _box(tensor, chunk)
+                unpack_host(slab, chunk.byte_offset - read.byte_offset, chunk, box)
+        self.count(read)
+
+    def count(self, read: SlabRead) -> None:
+        """The read's chunks stand in their destinations."""
+        for chunk in read.chunks:
+            position = chunk.position
+            if position == NO_DESTINATION:
+                continue
             self._missing[position] -= 1
             if not self._missing[position]:
                 self._filled.append(position)
+
+    def box(self, chunk: ChunkRead) -> torch.Tensor:
+        """What a chunk fills of its destination."""
+        return _box(self._tensor(chunk.position), chunk)
 
     def commit_filled(self) -> None:
         """Commit what has every byte. The caller knows that their checksums were right."""
@@ -66,9 +81,9 @@ def _box(tensor: torch.Tensor, chunk: ChunkRead) -> torch.Tensor:
     return tensor[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.lengths, strict=True))]
 
 
-def _unpack(slab: HostSlab, slab_offset: int, chunk: ChunkRead, tensor: torch.Tensor) -> None:
+def unpack_host(slab: HostSlab, slab_offset: int, chunk: ChunkRead, box: torch.Tensor) -> None:
+    """Unpack a chunk that lies in a host slab into the box that it fills, cast by the rule."""
     dtype = chunk.dtype
-    box = tensor if tensor.shape == chunk.lengths else _box(tensor, chunk)
     if chunk.is_dense and is_plain_memory(box, dtype):
         ctypes.memmove(box.data_ptr(), slab.address + slab_offset, chunk.nbytes)
         return
@@ -76,4 +91,4 @@ def _unpack(slab: HostSlab, slab_offset: int, chunk: ChunkRead, tensor: torch.Te
     if slab_offset % dtype.itemsize:
         packed = packed.clone()  # stock files hold payloads at any byte; a typed view must start on an element
     box, dtype = as_bits(box, dtype)
-    box.copy_(packed.view(dtype).as_strided(chunk.lengths, chunk.strides))
+    copy_cast(box, packed.view(dtype).as_strided(chunk.lengths, chunk.strides))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import torch
 
 
 class FileWriter(Protocol):
@@ -30,10 +32,23 @@ class FileWriter(Protocol):
     ) -> None: ...
 
 
+@runtime_checkable
+class DeviceFileWriter(FileWriter, Protocol):
+    """A new file that device memory can be written to as well, without a slab of host memory in between."""
+
+    def write_device(self, tensor: torch.Tensor, byte_offset: int) -> None:
+        """Write a contiguous uint8 tensor whole at ``byte_offset``, or raise TransferError.
+
+        Address, offset and length are multiples of 4096. The tensor's bytes are there: whoever calls has waited for
+        the work that makes them.
+        """
+
+
 class FileReader(Protocol):
     """An open file: it stays readable when its name is gone."""
 
     path: str
+    nbytes: int
 
     def read(self, into: memoryview, byte_offset: int) -> None:
         """Fill all of ``into`` from ``byte_offset``, or raise TransferError."""
@@ -41,3 +56,15 @@ class FileReader(Protocol):
     @property
     def close(self) -> Callable[[], object]:
         """Call it to close the file; a second call does nothing."""
+
+
+@runtime_checkable
+class DeviceFileReader(FileReader, Protocol):
+    """An open file that device memory can be read into as well."""
+
+    def read_device(self, into: torch.Tensor, byte_offset: int) -> None:
+        """Fill a contiguous uint8 tensor from ``byte_offset``, or raise TransferError. On return the bytes are there.
+
+        Address and offset are multiples of 4096. A length that is not is right, where what is wanted ends there, and
+        takes a second, smaller read. Nothing queued on the device may still be using the tensor's memory.
+        """

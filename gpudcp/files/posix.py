@@ -1,7 +1,8 @@
-"""POSIX files: buffered, or direct (O_DIRECT) for writes. Short transfers go on, everything else raises."""
+"""POSIX files: buffered, or direct (O_DIRECT). Short transfers go on, everything else raises."""
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import weakref
@@ -43,6 +44,10 @@ class PosixWriter:
             if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF):
                 self._remove()
                 raise _transfer_error(self.path, "no room", err, byte_offset=0, expected=nbytes, moved=0) from err
+
+    def fileno(self) -> int:
+        """The descriptor, for those who reach the same file in another way."""
+        return self._fd
 
     def write(self, data: memoryview, byte_offset: int) -> None:
         moved, nbytes = 0, len(data)
@@ -96,25 +101,46 @@ class PosixWriter:
 
 
 class PosixReader:
-    """A file open for buffered reads: the page cache, its read-ahead and any alignment."""
+    """A file open for reads of any alignment: through the page cache, with its read-ahead.
 
-    def __init__(self, path: str) -> None:
+    With ``is_direct`` whole blocks of 4096 bytes go past it, where the file offset and the memory are aligned to them.
+    """
+
+    def __init__(self, path: str, *, is_direct: bool = False) -> None:
         self.path = path
+        self._direct_fd: int | None = None
         try:
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise CheckpointNotFoundError(f"{path}: a file that the checkpoint names does not exist") from None
         except OSError as err:
             raise _transfer_error(path, "cannot be opened", err, byte_offset=0, expected=None, moved=None) from err
+        if is_direct:
+            self._open_directly()
         self.nbytes = os.fstat(self._fd).st_size
         # Also when the reader becomes garbage: a load that fails between two of DCP's calls has nobody to close it.
-        self.close = weakref.finalize(self, os.close, self._fd)
+        self.close = weakref.finalize(self, _close, self._fd, self._direct_fd)
         """Close the file; a second call does nothing."""
+
+    def _open_directly(self) -> None:
+        try:
+            # The very file, whatever has become of its name.
+            self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+        except OSError as err:
+            os.close(self._fd)
+            raise _transfer_error(
+                self.path, "cannot be opened with O_DIRECT", err, byte_offset=0, expected=None, moved=None
+            ) from err
+
+    def fileno(self) -> int:
+        """The descriptor, for those who reach the same file in another way."""
+        return self._fd
 
     def read(self, into: memoryview, byte_offset: int) -> None:
         if not self.close.alive:  # the number of its descriptor may be another file's by now
             raise TransferError(f"{self.path}: the file is closed", path=self.path, byte_offset=byte_offset)
-        moved, nbytes = 0, len(into)
+        nbytes = len(into)
+        moved = 0 if self._direct_fd is None else self._read_directly(self._direct_fd, into, byte_offset)
         while moved < nbytes:
             try:
                 count = os.preadv(self._fd, [into[moved:]], byte_offset + moved)
@@ -132,6 +158,35 @@ class PosixReader:
                     moved_nbytes=moved,
                 )
             moved += count
+
+    def _read_directly(self, fd: int, into: memoryview, byte_offset: int) -> int:
+        """Read as many whole blocks as there are, and return their bytes; what is left is for the page cache."""
+        whole_nbytes = len(into) - len(into) % SLAB_ALIGNMENT_NBYTES
+        if whole_nbytes == 0 or byte_offset % SLAB_ALIGNMENT_NBYTES or _address_of(into) % SLAB_ALIGNMENT_NBYTES:
+            return 0
+        moved = 0
+        while moved < whole_nbytes:
+            try:
+                count = os.preadv(fd, [into[moved:whole_nbytes]], byte_offset + moved)
+            except OSError as err:
+                raise _transfer_error(
+                    self.path, "read failed", err, byte_offset=byte_offset, expected=len(into), moved=moved
+                ) from err
+            if count < SLAB_ALIGNMENT_NBYTES:
+                break
+            # A short read may end off the block: that block is read once more, from its start.
+            moved += count - count % SLAB_ALIGNMENT_NBYTES
+        return moved
+
+
+def _address_of(data: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(data))
+
+
+def _close(fd: int, direct_fd: int | None) -> None:
+    os.close(fd)
+    if direct_fd is not None:
+        os.close(direct_fd)
 
 
 def fsync_directory(path: str) -> None:

@@ -5,23 +5,22 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
 from gpudcp._dcp import flatten_as_torch_2_3, set_element
-from gpudcp.arrays import NONE, Int64, Path
-from gpudcp.columns import OBJECT, SHARD, CheckpointColumns
+from gpudcp.arrays import NONE, Path
+from gpudcp.columns import SHARD, CheckpointColumns
 from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.formats.objects import load_object
 from gpudcp.items import ReadItems
 from gpudcp.planners.closest import missing_keys_text
 from gpudcp.planners.items import chunk_list, find_shard
-from gpudcp.planners.joins import overlaps_batch
 from gpudcp.planners.local import LocalItems, LocalItemsMaker, flattened, has_items
+from gpudcp.planners.matching import Match
 from gpudcp.planners.plans import local_load_plan
 from gpudcp.planners.state_dicts import init_state_dict
 from gpudcp.views import ColumnMetadata
@@ -109,96 +108,21 @@ class DefaultLoadPlanner(LoadPlanner):
         return plan
 
     def _read_items(self, checkpoint: CheckpointColumns) -> ReadItems:
-        numbers = checkpoint.numbers
         wanted = self.state_dict
-        missing = [fqn for fqn in wanted if fqn not in numbers]
+        missing = [fqn for fqn in wanted if fqn not in checkpoint.numbers]
         if missing:
-            wanted = {fqn: value for fqn, value in wanted.items() if fqn in numbers}
-        local = self._local = self._maker.make(wanted, None)
-        columns = local.columns
-        fqns = columns.names.fqns
-        entries = np.fromiter((numbers[fqn] for fqn in fqns), dtype=np.int64, count=len(fqns))[columns.name_ids]
-        templates = columns.templates
-        template_ids = columns.template_ids
-        is_object = checkpoint.property_ids[entries] == NONE
-        ndim = max(templates.boxes.shape[2], checkpoint.sizes.shape[1])
-        local_boxes = _widened(templates.boxes, ndim)[template_ids]
-        misfits = self._misfits(checkpoint, columns.name_ids, entries, template_ids, ndim)
+            wanted = {fqn: value for fqn, value in wanted.items() if fqn in checkpoint.numbers}
+        self._local = self._maker.make(wanted, None)
+        match = Match(checkpoint, self._local.columns)
+        misfits = match.misfits(wanted)
         if missing and not self.allow_partial_load:
             lacking = missing_keys_text(missing, checkpoint.names.fqns, self.state_dict)
             raise MissingKeyError("; ".join([lacking, *misfits]))
         if misfits:
             raise PlanError("; ".join(misfits))
-        saved_dtypes = [each.dtype for each in checkpoint.properties]
-        if self.on_dtype_mismatch != "cast" and len(entries):
-            dtypes = {
-                fqns[name]: (saved_dtypes[prop], templates.properties[templates.property_ids[template]].dtype)
-                for name, prop, template in zip(
-                    columns.name_ids.tolist(),
-                    checkpoint.property_ids[entries].tolist(),
-                    template_ids.tolist(),
-                    strict=True,
-                )
-                if prop != NONE
-            }
-            self._check_dtypes(dtypes)
-        first_rows = checkpoint.first_rows[entries]
-        counts = checkpoint.first_rows[entries + 1] - first_rows
-        dest_numbers = _numbers_in_name(columns.name_ids)
-
-        # Most tensors are one chunk, here as there; the others are joined, all at once.
-        rows = first_rows.copy()
-        boxes = np.zeros((len(rows), 3, ndim), dtype=np.int64)
-        boxes[:, 2] = local_boxes[:, 2]
-        single = np.nonzero((counts == 1) & ~is_object)[0]
-        saved_boxes = _widened(checkpoint.boxes, ndim)
-        same = (saved_boxes[checkpoint.row_boxes[first_rows[single]]] == local_boxes[single, 1:]).all(axis=(1, 2))
-        is_plain = is_object.copy()
-        is_plain[single[same & (local_boxes[single, 2].prod(axis=1) > 0)]] = True
-        joined = np.nonzero(~is_plain)[0]
-        items = np.nonzero(is_plain)[0]
-        if len(joined):
-            found = _joined(checkpoint, saved_boxes, entries[joined], local_boxes[joined])
-            order = np.argsort(np.concatenate([items, joined[found.local]]), kind="stable")
-            items = np.concatenate([items, joined[found.local]])[order]
-            rows = np.concatenate([rows[is_plain], found.rows])[order]
-            boxes = np.concatenate([boxes[is_plain], found.boxes])[order]
-        else:
-            rows, boxes = rows[items], boxes[items]
-        dest_chunks = np.concatenate([dest_numbers[items, None], local_boxes[items, 1]], axis=1)
-        return ReadItems(
-            checkpoint,
-            fqns,
-            name_ids=columns.name_ids[items],
-            rows=rows,
-            dest_chunks=dest_chunks,
-            boxes=boxes,
-            ndims=np.where(is_object, NONE, checkpoint.ndims[entries])[items].astype(np.int32),
-        )
-
-    def _misfits(
-        self, checkpoint: CheckpointColumns, name_ids: Any, entries: Int64, template_ids: Any, ndim: int
-    ) -> list[str]:
-        """What is wrong with each value that cannot take its entry."""
-        assert self._local is not None
-        templates = self._local.columns.templates
-        is_tensor = checkpoint.property_ids[entries] != NONE
-        is_whole = templates.kinds[template_ids] == OBJECT
-        sizes = _widened(templates.boxes, ndim)[template_ids, 0]
-        differs = (sizes != _widened(checkpoint.sizes[:, None], ndim)[entries, 0]).any(axis=1)
-        differs |= templates.ndims[template_ids] != checkpoint.ndims[entries]
-        misfits = []
-        for row in np.nonzero(is_tensor & (is_whole | differs))[0].tolist():
-            fqn = self._local.columns.names.fqns[name_ids[row]]
-            if is_whole[row]:
-                kind = type(self.state_dict[fqn]).__qualname__
-                misfits.append(f"{fqn}: a tensor in the checkpoint, a {kind} in the state dict")
-                continue
-            entry, template = entries[row], template_ids[row]
-            saved = tuple(checkpoint.sizes[entry, : checkpoint.ndims[entry]].tolist())
-            wanted = tuple(templates.boxes[template, 0, : templates.ndims[template]].tolist())
-            misfits.append(f"{fqn}: size {saved} in the checkpoint, {wanted} in the state dict")
-        return misfits
+        if self.on_dtype_mismatch != "cast":
+            self._check_dtypes(match.dtypes())
+        return match.read_items()
 
     def _check_dtypes(self, found: Mapping[str, tuple[torch.dtype, torch.dtype]]) -> None:
         differing = [f"{fqn}: {saved} saved, {own} wanted" for fqn, (saved, own) in found.items() if saved != own]
@@ -333,41 +257,3 @@ class _DestinationsMaker(LocalItemsMaker):
 
     def _check_dtype(self, fqn: str, dtype: torch.dtype) -> None:
         """Any dtype can be read into that torch can copy to."""
-
-
-class _Joined(NamedTuple):
-    local: Int64
-    rows: Int64
-    boxes: Int64
-
-
-def _joined(checkpoint: CheckpointColumns, saved_boxes: Int64, entries: Int64, local_boxes: Int64) -> _Joined:
-    """Every pair of a local chunk and a saved one that overlap: local number, row, and the boxes of the read item."""
-    order = np.argsort(entries, kind="stable")
-    tensors, firsts = np.unique(entries[order], return_index=True)
-    counts = checkpoint.first_rows[tensors + 1] - checkpoint.first_rows[tensors]
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    rows = np.arange(starts[-1]) + np.repeat(checkpoint.first_rows[tensors] - starts[:-1], counts)
-    saved = saved_boxes[checkpoint.row_boxes[rows]]
-    local = local_boxes[order]
-    found = overlaps_batch(starts, saved[:, 0], saved[:, 1], np.append(firsts, len(order)), local[:, 1], local[:, 2])
-    boxes = np.stack([found.dest_offsets, found.storage_offsets, found.lengths], axis=1)
-    return _Joined(order[found.local], rows[found.saved], boxes)
-
-
-def _widened(boxes: Int64, ndim: int) -> Int64:
-    """Boxes padded to more dimensions: offsets, which stand last but one, with 0, all else with 1."""
-    missing = ndim - boxes.shape[2]
-    if not missing:
-        return boxes
-    padding = np.ones((*boxes.shape[:2], missing), dtype=np.int64)
-    if boxes.shape[1] > 1:
-        padding[:, -2] = 0
-    return np.concatenate([boxes, padding], axis=2)
-
-
-def _numbers_in_name(name_ids: Any) -> Int64:
-    """The number of each item among those of its name, which follow each other."""
-    positions = np.arange(len(name_ids), dtype=np.int64)
-    is_first = np.concatenate([[True], name_ids[1:] != name_ids[:-1]]) if len(name_ids) else np.empty(0, dtype=bool)
-    return positions - np.maximum.accumulate(np.where(is_first, positions, 0)) if len(name_ids) else positions

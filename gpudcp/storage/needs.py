@@ -30,13 +30,14 @@ from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, ch
 class Needs:
     """What a load plan needs of the files: boxes of strided payloads, and items that are read whole."""
 
-    def __init__(self, files: OpenFiles, options: Options) -> None:
+    def __init__(self, files: OpenFiles, options: Options, *, slab_nbytes: int) -> None:
         self.whole_items: list[tuple[int, StoredItem]] = []
         self.payload_nbytes = 0
         self.envelope_nbytes = 0
         self.npayloads = 0
         self._files = files
         self._options = options
+        self._slab_nbytes = slab_nbytes
         self._requests: list[ReadRequest] = []
         self._checks: list[PayloadCheck] = []
         self._last_payload = ("", -1)
@@ -126,12 +127,14 @@ class Needs:
             return
         sizes = stored.chunk_sizes(item.storage_index)
         lengths = item.lengths
-        if lengths != sizes or any(item.storage_offsets) or len(item.storage_offsets) != len(sizes):
+        if sizes is not None and (lengths != sizes or any(item.storage_offsets)):
             check_box(item, sizes)
         tensor = stored_tensor(place, sizes, window)
         if tensor is None:
             self.whole_items.append((position, place))
             return
+        if sizes is None or len(item.storage_offsets) != len(sizes):
+            check_box(item, tensor.sizes)
         payload_offset, payload_nbytes, crc, dtype, _, strides, storage_offset, _, _ = tensor
         path = place.path
         self._requests.append(
@@ -153,7 +156,7 @@ class Needs:
         return plan
 
     def _plan(self, requests: list[ReadRequest], checks: list[PayloadCheck]) -> LoadChunkPlan:
-        return plan_load(requests, checks, slab_nbytes=self._options.slab_nbytes, gap_nbytes=READ_GAP_NBYTES)
+        return plan_load(requests, checks, slab_nbytes=self._slab_nbytes, gap_nbytes=READ_GAP_NBYTES)
 
 
 def _of_dtypes(records: ItemRecords, dtypes: Collection[torch.dtype]) -> NDArray[np.bool_]:

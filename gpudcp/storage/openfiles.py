@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import resource
 
-from gpudcp.files.posix import PosixReader
+from gpudcp.files.base import FileReader
+from gpudcp.files.figures import Way
+from gpudcp.files.ways import open_reader
 
 
 class OpenFiles:
@@ -18,8 +20,10 @@ class OpenFiles:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
-        self._kept: dict[str, PosixReader] = {}
-        self._passing: dict[str, PosixReader] = {}
+        self.way: Way = "buffered"
+        """How files that are opened from now on are read."""
+        self._kept: dict[str, FileReader] = {}
+        self._passing: dict[str, FileReader] = {}
 
     def open(self, paths: set[str]) -> None:
         """Open them all, as far as the process's limit on open files allows; the rest is opened when it is needed."""
@@ -28,7 +32,7 @@ class OpenFiles:
             if path not in self._kept:
                 self._kept[path] = self._opened(path)
 
-    def get(self, path: str) -> PosixReader:
+    def get(self, path: str) -> FileReader:
         """The open file.
 
         Raises:
@@ -41,8 +45,8 @@ class OpenFiles:
                 del self._passing[next(iter(self._passing))]
         return file
 
-    def _opened(self, path: str) -> PosixReader:
-        return PosixReader(os.path.join(self._directory, path))
+    def _opened(self, path: str) -> FileReader:
+        return open_reader(os.path.join(self._directory, path), self.way)
 
     def close(self) -> None:
         for file in (*self._kept.values(), *self._passing.values()):

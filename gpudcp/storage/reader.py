@@ -26,15 +26,17 @@ from gpudcp.errors import (
     CorruptCheckpointError,
     TransferError,
 )
-from gpudcp.executors.select import choose_executor
+from gpudcp.executors.base import Executor
+from gpudcp.executors.select import select
 from gpudcp.files.commit import metadata_file_name
-from gpudcp.formats import checksum
+from gpudcp.files.ways import described
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
 from gpudcp.items import ReadItems
 from gpudcp.options import Options
 from gpudcp.records import ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.learning import learn
 from gpudcp.storage.needs import Needs
 from gpudcp.storage.openfiles import OpenFiles
 from gpudcp.storage.places import directory_of, is_directory_id
@@ -217,17 +219,21 @@ class GpuStorageReader(StorageReader):
 
     def _read_data(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         stopwatch = Stopwatch()
-        executor, reason = choose_executor(self.options)
         stored = StoredItems(self._known_metadata(), self.path)
+        with stopwatch.phase("plan"):
+            target = PlannerTarget(plan.items, planner)
+            selection = select(self.options, self.path, direction="read", devices=target.devices)
+            executor = selection.executor
+        self._files.way = selection.way
         self._open_needed(stored, plan.items)
         with stopwatch.phase("plan"):
-            needs = Needs(self._files, self.options)
+            needs = Needs(self._files, self.options, slab_nbytes=executor.slab_nbytes)
             if (records := self._row_records(plan.items)) is None:
                 needs.add_items(plan.items, stored)
             else:
                 needs.add_rows(plan.items, records, stored)  # type: ignore[arg-type]
             chunk_plan = needs.chunk_plan()
-        executor.load(chunk_plan, PlannerTarget(plan.items, planner), self._files.get, stopwatch)
+        executor.load(chunk_plan, target, self._files.get, stopwatch)
         with stopwatch.phase("objects"):
             # Objects last: replacing them is what a failure should find undone.
             for position, item in sorted(needs.whole_items, key=lambda each: is_object(plan.items[each[0]])):
@@ -242,11 +248,12 @@ class GpuStorageReader(StorageReader):
             total_s=stopwatch.total_s(),
             phases_s=MappingProxyType(dict(stopwatch.seconds)),
             executor=executor.name,
-            files="posix buffered",
-            checksum=self._checksum_used(chunk_plan, needs),
-            reasons=(reason, "buffered reads: any alignment, straight into the destination"),
+            files=described(selection.way),
+            checksum=self._checksum_used(chunk_plan, needs, executor),
+            reasons=selection.reasons,
         )
         _logger.info("%s", self.report)
+        learn(self.report, selection)
 
     def _row_records(self, items: Sequence[ReadItem]) -> ItemRecords | None:
         """What stands in the files for each row that the items speak of, if they are columns of this very metadata."""
@@ -255,10 +262,10 @@ class GpuStorageReader(StorageReader):
             return None
         return metadata.row_records if items.checkpoint is metadata.columns and metadata.is_unchanged else None
 
-    def _checksum_used(self, plan: LoadChunkPlan, needs: Needs) -> str:
+    def _checksum_used(self, plan: LoadChunkPlan, needs: Needs, executor: Executor) -> str:
         if self.options.verify == "off":
             return "off: Options(verify='off')"
-        return f"{checksum.LIBRARY}: {len(plan.checks)} of {needs.npayloads} payloads verified"
+        return f"{executor.checksum}: {len(plan.checks)} of {needs.npayloads} payloads verified"
 
     @property
     def checkpoint_id(self) -> str:

@@ -88,6 +88,10 @@ class PlannerSource:
         self._ask: Callable[[WriteItem], object] = resolve_source or planner.resolve_data
         self.keeps_memory = _resolves_to_the_state_dict(planner)
 
+    def devices(self) -> set[torch.device] | None:
+        """Of all tensors, as far as they are known; None: the planner has to be asked for each."""
+        return None if self._tensors is None else {tensor.device for tensor in self._tensors if tensor is not None}
+
     def resolve(self, position: int) -> torch.Tensor:
         """The tensor of a write item.
 

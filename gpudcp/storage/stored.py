@@ -16,7 +16,7 @@ from gpudcp._dcp import ItemExtras, item_extras
 from gpudcp.boxes import row_major_strides
 from gpudcp.columns import CheckpointColumns
 from gpudcp.errors import CorruptCheckpointError, MissingKeyError, PlanError, TransferError, UnsafeCheckpointError
-from gpudcp.files.posix import PosixReader
+from gpudcp.files.base import FileReader
 from gpudcp.formats.archive import StoredTensor, read_stored_tensor
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
 from gpudcp.records import ItemRecords
@@ -119,9 +119,14 @@ class StoredItems:
             self._check_inside(path, index.fqn)
         return StoredItem(index.fqn, path, start, nbytes, transforms, extras)
 
-    def chunk_sizes(self, index: MetadataIndex) -> tuple[int, ...]:
-        """The sizes of the saved chunk that a storage index names."""
+    def chunk_sizes(self, index: MetadataIndex) -> tuple[int, ...] | None:
+        """The sizes of the saved chunk that a storage index names; None where only the file says them.
+
+        A load planner may have renamed the entries of its metadata; what is stored has its old name still.
+        """
         tensor = self._tensors.get(index.fqn)
+        if tensor is None:
+            return None
         if not isinstance(tensor, TensorStorageMetadata):
             raise CorruptCheckpointError(
                 f"{self._directory}: {index.fqn}: is no tensor in this checkpoint", fqn=index.fqn
@@ -172,7 +177,7 @@ class _Rows:
         return StoredItem(index.fqn, self._paths[row], self._starts[row], self._nbytes[row], (), extras)
 
 
-def check_range(item: StoredItem, file: PosixReader) -> None:
+def check_range(item: StoredItem, file: FileReader) -> None:
     """That the item's range lies inside its file.
 
     Raises:
@@ -189,19 +194,21 @@ def check_range(item: StoredItem, file: PosixReader) -> None:
         )
 
 
-def stored_tensor(item: StoredItem, sizes: tuple[int, ...], window: Window) -> StoredTensor | None:
+def stored_tensor(item: StoredItem, sizes: tuple[int, ...] | None, window: Window) -> StoredTensor | None:
     """How the item's tensor lies in its file; None: not as one strided payload, so torch.load must read it.
+
+    ``sizes`` are those of the metadata, if it has the tensor.
 
     Raises:
         CorruptCheckpointError: the item contradicts the metadata.
     """
     path = window.file.path
     offset, dtype, crc = item.extras
-    if offset is None or dtype is None:
+    if sizes is None or offset is None or dtype is None:
         found = read_stored_tensor(
             window.read, byte_offset=item.byte_offset, nbytes=item.nbytes, path=path, fqn=item.fqn
         )
-        if found is not None and found.sizes != sizes:
+        if found is not None and sizes is not None and found.sizes != sizes:
             raise CorruptCheckpointError(
                 f"{path}: {item.fqn}: the file holds shape {found.sizes}, the metadata says {tuple(sizes)}",
                 path=path,
@@ -261,7 +268,7 @@ class Window:
 
     _BLOCK_NBYTES = 32 << 10
 
-    def __init__(self, file: PosixReader) -> None:
+    def __init__(self, file: FileReader) -> None:
         self.file = file
         self.nbytes = 0
         """Bytes read of the file."""

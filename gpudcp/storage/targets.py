@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from gpudcp._dcp import ExtensionRegistry, StreamTransformExtension
 from gpudcp.errors import CorruptCheckpointError, PlanError
-from gpudcp.files.posix import PosixReader
+from gpudcp.files.base import FileReader
 from gpudcp.formats.archive import check_records
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.objects import load_object
@@ -31,6 +31,10 @@ class PlannerTarget:
         self._wrappers: dict[int, torch.Tensor] = {}
         self._tensors = _all_destinations(items, planner)
         self._hears_commits = not are_untouched(planner, ("commit_tensor",), DefaultLoadPlanner)
+
+    def devices(self) -> set[torch.device] | None:
+        """Of all destinations, as far as they are known; None: the planner has to be asked for each."""
+        return None if self._tensors is None else {tensor.device for tensor in self._tensors if tensor is not None}
 
     def resolve(self, position: int) -> torch.Tensor:
         """The destination of a read item; for one without memory of its own, memory to copy into it from.
@@ -93,7 +97,7 @@ def _checked_destination(item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_whole_item(
-    item: ReadItem, stored: StoredItem, file: PosixReader, planner: LoadPlanner, options: Options
+    item: ReadItem, stored: StoredItem, file: FileReader, planner: LoadPlanner, options: Options
 ) -> None:
     """Read an item whole and give it to the planner: objects as bytes, what no box describes through torch.load.
 
@@ -139,7 +143,7 @@ def load_whole_item(
     planner.commit_tensor(item, destination)
 
 
-def _check_archive(raw: io.BytesIO, stored: StoredItem, file: PosixReader) -> None:
+def _check_archive(raw: io.BytesIO, stored: StoredItem, file: FileReader) -> None:
     data = raw.getbuffer()
     check_records(
         lambda start, nbytes: data[start : start + nbytes],
@@ -150,7 +154,7 @@ def _check_archive(raw: io.BytesIO, stored: StoredItem, file: PosixReader) -> No
     )
 
 
-def _load_tensor(raw: io.BytesIO, stored: StoredItem, file: PosixReader, options: Options) -> torch.Tensor:
+def _load_tensor(raw: io.BytesIO, stored: StoredItem, file: FileReader, options: Options) -> torch.Tensor:
     try:
         tensor = load_object(raw, fqn=stored.fqn, trust_pickle=options.trust_pickle)
     except CorruptCheckpointError as err:

@@ -22,7 +22,7 @@ from gpudcp.chunkplan.save import ChunkWrite, SaveChunkPlan, SaveFilePlan, plan_
 from gpudcp.collector import collector_paused
 from gpudcp.errors import CheckpointBusyError, CheckpointExistsError, GpuDcpError, PlanError
 from gpudcp.executors.base import FileReceipt
-from gpudcp.executors.select import choose_executor
+from gpudcp.executors.select import select
 from gpudcp.files.base import FileWriter
 from gpudcp.files.commit import (
     DirectoryLock,
@@ -36,15 +36,15 @@ from gpudcp.files.commit import (
     replace_file,
     stale_data_names,
 )
-from gpudcp.files.posix import PosixWriter, fsync_directory
-from gpudcp.files.tune import choose_write
-from gpudcp.formats import checksum
+from gpudcp.files.posix import fsync_directory
+from gpudcp.files.ways import described, open_writer
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
 from gpudcp.items import WriteItems
 from gpudcp.options import Options
 from gpudcp.records import Indices, ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.learning import learn
 from gpudcp.storage.places import directory_of, is_directory_id
 from gpudcp.storage.results import WriteResults
 from gpudcp.storage.sources import PlannerSource, literal_data
@@ -167,21 +167,22 @@ class GpuStorageWriter(StorageWriter):
             raise PlanError(f"{self.path}: the plan's storage_data is {plan.storage_data!r}, not this writer's ticket")
         # Columns stay columns; anything else may be changed by the planner while it is asked.
         items = plan.items if isinstance(plan.items, WriteItems) else list(plan.items)
-        executor, executor_reason = choose_executor(self.options)
-        choice = choose_write(self.path, self.options.direct_io)
         with stopwatch.phase("objects"):
             literals = literal_data(items, planner, self.options)
         with stopwatch.phase("plan"):
+            source = PlannerSource(items, planner)
+            selection = select(self.options, self.path, direction="write", devices=source.devices)
             # Writes through the page cache to one file wait for each other, so every thread gets a file of its own.
-            nfiles = 1 if choice.is_direct else max(1, min(self.options.threads, self.options.lanes // 2))
+            nfiles = max(1, min(selection.threads, self.options.lanes // 2)) if selection.way == "buffered" else 1
             names = self._unused_names(plan.storage_data, nfiles)
-            chunk_plan = plan_save(items, literals, paths=names, slab_nbytes=self.options.slab_nbytes)
+            executor = selection.executor
+            chunk_plan = plan_save(items, literals, paths=names, slab_nbytes=executor.slab_nbytes)
 
         def open_file(file: SaveFilePlan) -> FileWriter:
             path = os.path.join(self.path, file.path)
-            return PosixWriter(path, nbytes=file.nbytes, is_direct=choice.is_direct, fsync=self.options.fsync)
+            return open_writer(path, selection.way, nbytes=file.nbytes, fsync=self.options.fsync)
 
-        receipts = executor.save(chunk_plan, PlannerSource(items, planner), open_file, stopwatch)
+        receipts = executor.save(chunk_plan, source, open_file, stopwatch)
         records = _records(items, chunk_plan, receipts)
         self._written = records.paths
         with stopwatch.phase("fsync"):
@@ -196,11 +197,12 @@ class GpuStorageWriter(StorageWriter):
             total_s=stopwatch.total_s(),
             phases_s=MappingProxyType(dict(stopwatch.seconds)),
             executor=executor.name,
-            files="posix direct" if choice.is_direct else "posix buffered",
-            checksum=checksum.LIBRARY if self.options.checksum else "off: Options(checksum=False)",
-            reasons=(executor_reason, choice.reason),
+            files=described(selection.way),
+            checksum=executor.checksum if self.options.checksum else "off: Options(checksum=False)",
+            reasons=selection.reasons,
         )
         _logger.info("%s", self.report)
+        learn(self.report, selection)
         return WriteResults(records)
 
     def _unused_names(self, ticket: SaveTicket, nfiles: int) -> list[str]:

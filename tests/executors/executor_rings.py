@@ -7,8 +7,24 @@ from dataclasses import dataclass
 
 from gpudcp.executors.base import Executor
 from gpudcp.executors.cpu import CpuExecutor
+from gpudcp.executors.cuda import DeviceExecutor
+from gpudcp.executors.devices import InterpretedDevice
 
-EXECUTORS: dict[str, Callable[..., Executor]] = {"cpu": CpuExecutor}
+
+def _interpreted(*, lanes: int, threads: int, slab_nbytes: int, has_checksum: bool) -> Executor:
+    fallback = CpuExecutor(lanes=lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=has_checksum)
+    return DeviceExecutor(
+        InterpretedDevice(),
+        name="interpret",
+        lanes=lanes,
+        threads=threads,
+        slab_nbytes=slab_nbytes,
+        has_checksum=has_checksum,
+        fallback=fallback,
+    )
+
+
+EXECUTORS: dict[str, Callable[..., Executor]] = {"cpu": CpuExecutor, "interpret": _interpreted}
 
 
 @dataclass(frozen=True)
@@ -20,12 +36,16 @@ class Ring:
     threads: int
     slab_nbytes: int
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether a case of many items stands for itself with a few: the interpreter takes 100 ms for a checksum."""
+        return self.executor == "interpret"
+
     def make(self, *, has_checksum: bool = True) -> Executor:
-        return EXECUTORS[self.executor](lanes=self.lanes, threads=self.threads, has_checksum=has_checksum)
+        return EXECUTORS[self.executor](
+            lanes=self.lanes, threads=self.threads, slab_nbytes=self.slab_nbytes, has_checksum=has_checksum
+        )
 
 
-RINGS = [
-    Ring(name, lanes, threads, slab_nbytes)
-    for name in EXECUTORS
-    for lanes, threads, slab_nbytes in ((1, 1, 4096), (2, 3, 8192), (4, 2, 4096), (3, 1, 1 << 20))
-]
+_SHAPES = ((1, 1, 4096), (2, 3, 8192), (4, 2, 4096), (3, 1, 1 << 20))
+RINGS = [Ring("cpu", *shape) for shape in _SHAPES] + [Ring("interpret", 2, 3, 8192)]

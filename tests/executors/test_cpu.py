@@ -65,7 +65,7 @@ def files() -> Files:
 
 def executor_of(lanes: int = 3, threads: int = 2) -> CpuExecutor:
     """An executor with checksums."""
-    return CpuExecutor(lanes=lanes, threads=threads, has_checksum=True)
+    return CpuExecutor(lanes=lanes, threads=threads, slab_nbytes=4096, has_checksum=True)
 
 
 def requests_of(tensors: list[torch.Tensor]) -> tuple[bytes, list[ReadRequest], list[PayloadCheck]]:

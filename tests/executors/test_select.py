@@ -1,44 +1,66 @@
-"""Choosing an executor: by name it is that one or an error, "auto" says what it took."""
+"""Choosing an executor and a way to the files: by name it is that one or an error, "auto" says what it took."""
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from gpudcp.errors import BackendUnavailableError
-from gpudcp.executors import select
+from gpudcp.executors import select as select_module
 from gpudcp.executors.cpu import CpuExecutor
-from gpudcp.executors.select import choose_executor, unavailable
+from gpudcp.executors.select import Selection, select, unavailable
 from gpudcp.options import Options
 
+CPU = {torch.device("cpu")}
+GPU = {torch.device("cuda", 1), torch.device("cpu")}
 
-def test_the_cpu_executor_is_what_its_name_gets() -> None:
+
+def selected(options: Options, path: Path, devices: set[torch.device] | None = CPU) -> Selection:
+    return select(options, str(path), direction="write", devices=lambda: devices)
+
+
+def test_the_cpu_executor_is_what_its_name_gets(tmp_path: Path) -> None:
     """Asked for by name, the reason is the name."""
-    executor, reason = choose_executor(Options(executor="cpu", files="posix"))
-    assert isinstance(executor, CpuExecutor)
-    assert reason == "Options(executor='cpu')"
+    found = selected(Options(executor="cpu", files="posix"), tmp_path)
+    assert isinstance(found.executor, CpuExecutor)
+    assert found.reasons[0] == "Options(executor='cpu')"
 
 
-def test_auto_says_why_it_took_the_cpu_executor() -> None:
+def test_auto_says_why_it_took_the_cpu_executor(tmp_path: Path) -> None:
     """The reason goes into the report, so it is a sentence and not a name."""
-    executor, reason = choose_executor(Options())
-    assert executor.name == "cpu"
-    assert reason == "the cpu executor, the only one in this version"
+    found = selected(Options(), tmp_path)
+    assert found.executor.name == "cpu"
+    assert found.reasons[0] == "the cpu executor: no tensor on a GPU"
 
 
+def test_auto_falls_back_where_kernels_cannot_run_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors on a GPU do not make a save fail."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(select_module, "unavailable", lambda executor: f"no {executor}, for a test")
+    found = selected(Options(), tmp_path, GPU)
+    assert found.executor.name == "cpu"
+    assert found.reasons[0] == "the cpu executor: no cuda, for a test"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize(
     ("options", "asked", "remedy"),
     [
         (Options(executor="cuda"), "Options(executor='cuda')", "use Options(executor='auto') or 'cpu'"),
-        (Options(executor="interpret"), "Options(executor='interpret')", "use Options(executor='auto') or 'cpu'"),
         (Options(files="gds"), "Options(files='gds')", "use Options(files='auto') or 'posix'"),
         (Options(files="kvikio"), "Options(files='kvikio')", "use Options(files='auto') or 'posix'"),
         (Options(executor="cpu", files="gds"), "Options(files='gds')", "use Options(files='auto') or 'posix'"),
     ],
 )
-def test_a_backend_asked_for_by_name_is_refused_and_not_replaced(options: Options, asked: str, remedy: str) -> None:
+def test_a_backend_asked_for_by_name_is_refused_and_not_replaced(
+    tmp_path: Path, options: Options, asked: str, remedy: str
+) -> None:
     """The message begins with what was asked and ends with the remedy."""
     with pytest.raises(BackendUnavailableError) as caught:
-        choose_executor(options)
+        selected(options, tmp_path)
     assert str(caught.value).startswith(f"{asked}: ")
     assert str(caught.value).endswith(remedy)
 
@@ -46,13 +68,40 @@ def test_a_backend_asked_for_by_name_is_refused_and_not_replaced(options: Option
 def test_only_what_works_here_has_no_reason_against_it() -> None:
     """None means available."""
     assert unavailable("cpu") is None
-    assert unavailable("posix") is None
-    assert unavailable("cuda") is not None
+    assert unavailable("interpret") is None
+    assert "use Options(executor='auto') or 'cpu'" in (unavailable("cuda") or "")
 
 
-def test_the_options_of_the_ring_reach_the_executor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lanes, threads and checksum are the user's."""
+def test_without_triton_neither_device_executor_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The remedy is to install it."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(select_module.importlib.util, "find_spec", lambda _: None)
+    for executor in ("cuda", "interpret"):
+        assert "pip install triton" in (unavailable(executor) or "")
+
+
+def test_without_a_c_compiler_kernels_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton would fail at its first launch, in the middle of a save."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select_module, "_is_interpreting", lambda: False)
+    monkeypatch.setenv("CC", "no-such-compiler")
+    assert "C compiler" in (unavailable("cuda") or "")
+
+
+def test_the_interpreter_runs_the_device_executor_on_the_host(tmp_path: Path) -> None:
+    """By name only, with files of the host."""
+    found = selected(Options(executor="interpret", lanes=2, slab_nbytes=8192), tmp_path)
+    assert (found.executor.name, found.executor.slab_nbytes, found.device) == ("interpret", 8192, "cpu")
+    assert found.way in ("direct", "buffered")
+
+
+def test_the_options_of_the_ring_reach_the_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lanes, threads, slabs and checksum are the user's; what is not said has a default."""
     made: list[dict[str, object]] = []
-    monkeypatch.setattr(select, "CpuExecutor", lambda **options: made.append(options))
-    choose_executor(Options(lanes=3, threads=5, checksum=False))
-    assert made == [{"lanes": 3, "threads": 5, "has_checksum": False}]
+    monkeypatch.setattr(select_module, "CpuExecutor", lambda **options: made.append(options))
+    selected(Options(lanes=3, threads=5, slab_nbytes=4096, checksum=False), tmp_path)
+    selected(Options(), tmp_path)
+    assert made == [
+        {"lanes": 3, "threads": 5, "slab_nbytes": 4096, "has_checksum": False},
+        {"lanes": 4, "threads": 2, "slab_nbytes": 4 << 20, "has_checksum": True},
+    ]

@@ -17,6 +17,14 @@ import pytest
 from gpudcp import errors
 
 
+@pytest.fixture(autouse=True)
+def cache_directory(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Where this test's figures are remembered: what one test writes must not steer the next."""
+    directory = str(tmp_path_factory.mktemp("cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", directory)
+    return directory
+
+
 @pytest.fixture
 def small_directory(tmp_path: Path) -> Iterator[Path]:
     """A directory on a tmpfs of one MiB, where mounting is permitted."""

@@ -15,8 +15,8 @@ import pytest
 
 from gpudcp.errors import CheckpointNotFoundError, TransferError
 from gpudcp.files import posix
+from gpudcp.files.filesystems import supports_direct_io
 from gpudcp.files.posix import PosixReader, PosixWriter, fsync_directory
-from gpudcp.files.tune import supports_direct_io
 
 NBYTES = 5 * 4096
 CONTENT = bytes(i * 7 % 251 for i in range(NBYTES))
@@ -394,6 +394,86 @@ def test_an_open_file_stays_readable_when_its_name_is_gone(path: Path) -> None:
     reader = PosixReader(str(path))
     path.unlink()
     assert read(reader, NBYTES, 0) == CONTENT
+
+
+@pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097, NBYTES - 4096, NBYTES - 1, NBYTES])
+@pytest.mark.parametrize(("byte_offset", "shift"), [(0, 0), (4096, 0), (4096, 512), (7, 0), (7, 7)])
+def test_a_direct_reader_reads_any_range_too(path: Path, byte_offset: int, shift: int, nbytes: int) -> None:
+    """Directly what is aligned, through the page cache what is not, and nothing beyond what was asked for."""
+    reader = direct_reader(path)
+    nbytes = min(nbytes, NBYTES - byte_offset)
+    memory = page_aligned(b"\xee" * (NBYTES + 8192))
+    reader.read(memory[shift : shift + nbytes], byte_offset)
+    reader.close()
+    assert bytes(memory[:shift]) == b"\xee" * shift
+    assert bytes(memory[shift:]) == CONTENT[byte_offset : byte_offset + nbytes] + b"\xee" * (
+        NBYTES + 8192 - shift - nbytes
+    )
+
+
+def direct_reader(path: Path) -> PosixReader:
+    """A reader with O_DIRECT, where the test's directory has it."""
+    if not supports_direct_io(str(path.parent)):
+        pytest.skip(f"no O_DIRECT in {path.parent}")
+    return PosixReader(str(path), is_direct=True)
+
+
+def test_whole_blocks_and_only_those_are_read_directly(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short reads go on from the block where they stopped; the page cache takes the rest."""
+    reader = direct_reader(path)
+    calls: list[tuple[bool, int, int]] = []
+    preadv = os.preadv
+
+    def short(fd: int, buffers: list[memoryview], offset: int) -> int:
+        calls.append((fd != reader.fileno(), offset, len(buffers[0])))
+        return preadv(fd, [buffers[0][:8192]], offset) - (100 if len(buffers[0]) > 8192 else 0)
+
+    memory = page_aligned(bytes(NBYTES))
+    monkeypatch.setattr(os, "preadv", short)
+    reader.read(memory[: 3 * 4096 + 10], 4096)
+    assert bytes(memory[: 3 * 4096 + 10]) == CONTENT[4096 : 4 * 4096 + 10]
+    assert calls == [(True, 4096, 12288), (True, 8192, 8192), (False, 16384, 10)]
+    calls.clear()
+    reader.read(memory[1:4097], 0)
+    reader.read(memory[:4096], 1)
+    assert [is_direct for is_direct, _, _ in calls] == [False, False]
+
+
+def test_a_direct_read_past_the_end_is_an_error_with_numbers(path: Path) -> None:
+    """As of any other reader."""
+    path.write_bytes(CONTENT[:5000])
+    with pytest.raises(TransferError, match="the file ends at byte 5000") as caught:
+        direct_reader(path).read(page_aligned(bytes(12288)), 0)
+    assert (caught.value.expected_nbytes, caught.value.moved_nbytes) == (12288, 5000)
+
+
+def test_a_file_that_cannot_be_opened_directly_is_an_error_and_is_closed(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for it has found out before that it works."""
+    opened = os.open
+
+    def refuse(name: str, flags: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(name, flags)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(TransferError, match="cannot be opened with O_DIRECT") as caught:
+        PosixReader(str(path), is_direct=True)
+    assert (caught.value.path, caught.value.errno) == (str(path), errno.EINVAL)
+    assert open_paths(path) == []
+
+
+def test_a_direct_reader_closes_both_its_descriptors(path: Path) -> None:
+    """By a call, or as garbage; the name may be gone before."""
+    reader = direct_reader(path)
+    assert open_paths(path) == [str(path)] * 2
+    reader.close()
+    assert open_paths(path) == []
+    reader = direct_reader(path)
+    del reader
+    assert open_paths(path) == []
 
 
 def test_a_closed_reader_reads_nothing(path: Path, tmp_path: Path) -> None:

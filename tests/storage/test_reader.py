@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import pickle
@@ -455,6 +456,30 @@ def test_full_verification_reads_the_whole_payload_of_a_slice(tall: tuple[Path, 
     assert reader.report is not None
     assert tensor.nbytes <= reader.report.file_nbytes <= tensor.nbytes + tensor.nbytes // 16
     assert "1 of 1 payloads verified" in reader.report.checksum
+
+
+def test_a_planner_that_renames_the_entries_of_its_metadata_reads_what_has_the_old_name(checkpoint: Path) -> None:
+    """What is stored keeps its name: torch's reader finds it by its record alone, and so does ours."""
+
+    class Renaming(dcp.DefaultLoadPlanner):
+        def set_up_planner(self, state_dict: Any, metadata: Any = None, is_coordinator: bool = False) -> None:
+            entries = metadata.state_dict_metadata
+            entries["renamed"] = entries.pop("weight")
+            super().set_up_planner(state_dict, metadata, is_coordinator)
+
+        def create_local_plan(self) -> Any:
+            plan = super().create_local_plan()
+            items = [
+                dataclasses.replace(item, storage_index=dataclasses.replace(item.storage_index, fqn="weight"))
+                for item in plan.items
+            ]
+            return dataclasses.replace(plan, items=items)
+
+    saved = state_of(1.0)["weight"]
+    for load_by, reader in ((gpudcp.load, gpudcp.GpuStorageReader), (dcp.load, dcp.FileSystemReader)):
+        loaded = {"renamed": torch.zeros_like(saved)}
+        load_by(loaded, storage_reader=reader(checkpoint), planner=Renaming())
+        assert torch.equal(loaded["renamed"], saved)
 
 
 @pytest.mark.parametrize(

@@ -110,8 +110,8 @@ def test_the_same_plan_gives_the_same_bytes_whatever_the_way(tmp_path: Path, dir
 
 def test_a_backend_asked_for_by_name_is_not_replaced(tmp_path: Path) -> None:
     """The error ends with the remedy, and no file is left."""
-    with pytest.raises(BackendUnavailableError, match=r"use Options\(executor='auto'\) or 'cpu'$"):
-        gpudcp.save(state_of(1.0), tmp_path, options=Options(executor="interpret"))
+    with pytest.raises(BackendUnavailableError, match=r"use Options\(files='auto'\) or 'posix'$"):
+        gpudcp.save(state_of(1.0), tmp_path, options=Options(executor="cpu", files="gds"))
     assert names(tmp_path) == set()
 
 
@@ -312,18 +312,21 @@ def test_a_missing_receipt_is_an_error(checkpoint: Path, monkeypatch: pytest.Mon
     """An executor that returns without having written everything does not get its save committed."""
 
     class Forgetful:
-        name = "forgetful"
-
-        def __init__(self, options: Options) -> None:
-            self._executor = writer_choose(options)[0]
+        def __init__(self, executor: Any) -> None:
+            self._executor = executor
+            self.name, self.slab_nbytes, self.checksum = "forgetful", executor.slab_nbytes, executor.checksum
 
         def save(self, *arguments: Any) -> Any:
             receipts = self._executor.save(*arguments)
             return [receipt._replace(crcs=receipt.crcs[:-1]) for receipt in receipts]
 
-    writer_choose = writer_module.choose_executor
+    def select(*arguments: Any, **keywords: Any) -> Any:
+        selection = true_select(*arguments, **keywords)
+        return selection._replace(executor=Forgetful(selection.executor))
+
+    true_select = writer_module.select
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "choose_executor", lambda options: (Forgetful(options), "a test"))
+        patch.setattr(writer_module, "select", select)
         with pytest.raises(PlanError, match=r"4 items were planned as 4 writes of \d+ bytes; 3 writes of"):
             gpudcp.save(state_of(2.0), checkpoint)
     assert is_same(load(checkpoint), state_of(1.0))

@@ -1,0 +1,235 @@
+"""The device executor: lanes of stream, device slab, host slab and I/O in flight. CUDA, or Triton's interpreter.
+
+A slab is packed and checksummed on the device while the ones before it are copied to the host and written; a load runs
+the same ring backwards. Where the device has no room for a slab, the cpu executor takes over.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from heapq import merge
+from itertools import repeat
+from typing import Any, NamedTuple
+
+import torch
+
+from gpudcp.chunkplan.load import NO_DESTINATION, ChunkRead, LoadChunkPlan, SlabRead
+from gpudcp.chunkplan.save import SaveChunkPlan, SaveFilePlan
+from gpudcp.chunkplan.slabs import SlabContents, cut_into_slabs
+from gpudcp.executors.base import Executor, FileReceipt, LoadTarget, SaveSource
+from gpudcp.executors.devicepacking import SlabPacker
+from gpudcp.executors.devices import Device, Event
+from gpudcp.executors.deviceunpacking import checksum_segments, unpack
+from gpudcp.executors.lanes import LEAST_SLAB_NBYTES, Lane, acquired
+from gpudcp.executors.unpacking import Destinations, unpack_host
+from gpudcp.executors.verifying import Checksums
+from gpudcp.files.base import DeviceFileReader, DeviceFileWriter, FileReader, FileWriter
+from gpudcp.formats.checksum import crc32
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+from gpudcp.report import Stopwatch
+
+
+class DeviceExecutor:
+    """Packs and unpacks on one device; ``fallback`` is for a device without room for slabs."""
+
+    checksum = "a Triton kernel"
+
+    def __init__(
+        self,
+        device: Device,
+        *,
+        name: str,
+        lanes: int,
+        threads: int,
+        slab_nbytes: int,
+        has_checksum: bool,
+        fallback: Executor,
+    ) -> None:
+        self.name = name
+        self.slab_nbytes = slab_nbytes
+        self._device = device
+        self._lanes = lanes
+        self._threads = threads
+        self._has_checksum = has_checksum
+        self._fallback = fallback
+
+    def save(
+        self,
+        plan: SaveChunkPlan,
+        source: SaveSource,
+        open_file: Callable[[SaveFilePlan], FileWriter],
+        stopwatch: Stopwatch,
+    ) -> list[FileReceipt]:
+        least = min(LEAST_SLAB_NBYTES, self.slab_nbytes)
+        with ExitStack() as stack:
+            with stopwatch.phase("slabs"):
+                lanes = stack.enter_context(
+                    acquired(self._device, self._lanes, slab_nbytes=self.slab_nbytes, least_nbytes=least)
+                )
+            if not lanes:
+                return self._fallback.save(plan, source, open_file, stopwatch)
+            writers = [stack.enter_context(open_file(file)) for file in plan.files]
+            pool = ThreadPoolExecutor(self._threads, "gpudcp-write")
+            stack.callback(pool.shutdown, cancel_futures=True)
+            packers = [SlabPacker(file, source, self._device, has_checksum=self._has_checksum) for file in plan.files]
+            slab_nbytes = lanes[0].slab_nbytes
+            for turn, (number, contents) in enumerate(_in_turn(plan.files, slab_nbytes)):
+                lane = lanes[turn % len(lanes)]
+                with stopwatch.phase("write"):
+                    lane.wait()
+                with stopwatch.phase("pack"):
+                    packed = packers[number].fill(lane, contents)
+                    lane.future = _sent(pool, writers[number], lane, contents, packed)
+            with stopwatch.phase("write"):
+                for lane in lanes:
+                    lane.wait()
+            crcs = [packer.crcs() for packer in packers]
+            with stopwatch.phase("fsync"):
+                for file, writer in zip(plan.files, writers, strict=True):
+                    writer.finish(file.nbytes)
+        return [FileReceipt(file.nbytes, own) for file, own in zip(plan.files, crcs, strict=True)]
+
+    def load(
+        self,
+        plan: LoadChunkPlan,
+        target: LoadTarget,
+        open_file: Callable[[str], FileReader],
+        stopwatch: Stopwatch,
+    ) -> None:
+        with ExitStack() as stack:
+            with stopwatch.phase("slabs"):
+                # A read is as long as the plan says: halved slabs would not hold it.
+                lanes = stack.enter_context(
+                    acquired(self._device, self._lanes, slab_nbytes=plan.slab_nbytes, least_nbytes=plan.slab_nbytes)
+                )
+            if not lanes:
+                self._fallback.load(plan, target, open_file, stopwatch)
+                return
+            pool = ThreadPoolExecutor(self._threads, "gpudcp-read")
+            stack.callback(pool.shutdown, cancel_futures=True)
+            _Load(plan, target, lanes, stopwatch).run(pool, open_file)
+
+
+def _in_turn(files: Sequence[SaveFilePlan], slab_nbytes: int) -> Iterator[tuple[int, SlabContents]]:
+    """The slabs of all files, with the number of their file, so that all files grow at one pace."""
+    numbered = [zip(repeat(number), cut_into_slabs(file, slab_nbytes=slab_nbytes)) for number, file in enumerate(files)]
+    return merge(*numbered, key=lambda each: each[1].byte_offset)
+
+
+def _sent(
+    pool: ThreadPoolExecutor, writer: FileWriter, lane: Lane, contents: SlabContents, packed: Event | None
+) -> Future[None]:
+    """Begin to write a slab, on the device or (``packed`` None) on the host, when it is filled."""
+    nbytes = contents.nbytes
+    # Whole blocks; what the last one of the file has too much is cut off by the writer's `finish`.
+    end = nbytes if writer.alignment_nbytes == 1 else -(-nbytes // SLAB_ALIGNMENT_NBYTES) * SLAB_ALIGNMENT_NBYTES
+    host = lane.host.view[:end]
+    if packed is None:
+        return pool.submit(writer.write, host, contents.byte_offset)
+    if isinstance(writer, DeviceFileWriter):
+        return pool.submit(_after, packed, writer.write_device, lane.slab(end), contents.byte_offset)
+    with lane.stream.current():
+        lane.host.tensor[:nbytes].copy_(lane.slab(nbytes), non_blocking=True)
+        lane.event = lane.stream.record()
+    return pool.submit(_after, lane.event, writer.write, host, contents.byte_offset)
+
+
+def _after(event: Event, act: Callable[..., None], *args: Any) -> None:
+    event.synchronize()
+    act(*args)
+
+
+class _Load:
+    """One load: reads, then the device's work on what was read, then commits, each in the plan's order."""
+
+    def __init__(self, plan: LoadChunkPlan, target: LoadTarget, lanes: Sequence[Lane], stopwatch: Stopwatch) -> None:
+        self._plan = plan
+        self._free = list(lanes)
+        self._stopwatch = stopwatch
+        self._destinations = Destinations(plan, target)
+        self._checksums = Checksums(plan.checks)
+        self._reading: deque[_Step] = deque()
+        self._unpacking: deque[_Step] = deque()
+        self._unpacked: Event | None = None
+
+    def run(self, pool: ThreadPoolExecutor, open_file: Callable[[str], FileReader]) -> None:
+        for read in self._plan.reads:
+            while not self._free:
+                self._settle() if self._unpacking else self._unpack()
+            lane = self._free.pop()
+            lane.future = pool.submit(_read, open_file(read.path), read, lane)
+            self._reading.append(_Step(read, lane))
+            while self._reading and (future := self._reading[0].lane.future) is not None and future.done():
+                self._unpack()
+        while self._reading:
+            self._unpack()
+        while self._unpacking:
+            self._settle()
+        with self._stopwatch.phase("unpack"):
+            self._destinations.commit_empty(self._plan.empty_positions)
+
+    def _unpack(self) -> None:
+        """Begin the device's work on the oldest read."""
+        read, lane, _, _ = self._reading.popleft()
+        with self._stopwatch.phase("read"):
+            first_byte = lane.wait()
+        with self._stopwatch.phase("unpack"):
+            boxes = [self._destinations.box(chunk) for chunk in read.chunks if chunk.position != NO_DESTINATION]
+            chunks = [chunk for chunk in read.chunks if chunk.position != NO_DESTINATION]
+            pairs = list(zip(chunks, boxes, strict=True))
+            on_device = [pair for pair in pairs if not pair[1].is_cpu or lane.device.owns(pair[1])]
+            on_host = [pair for pair in pairs if pair[1].is_cpu and not lane.device.owns(pair[1])]
+            if first_byte is None and not on_device:
+                crcs = [crc32(lane.host.view[s.slab_offset : s.slab_offset + s.nbytes]) for s in read.segments]
+                self._unpacking.append(_Step(read, lane, on_host, torch.tensor(crcs, dtype=torch.int64)))
+                return
+            lane.stream.wait_for_caller()  # who may still be using the destinations
+            if self._unpacked is not None:
+                lane.stream.wait_for(self._unpacked)  # where destinations share memory, the last read wins
+            with lane.stream.current():
+                if first_byte is None:
+                    lane.slab(read.nbytes).copy_(lane.host.tensor[: read.nbytes], non_blocking=True)
+                elif on_host:
+                    lane.host.tensor[: read.nbytes].copy_(
+                        lane.slab(first_byte + read.nbytes)[first_byte:], non_blocking=True
+                    )
+                at = first_byte or 0
+                crcs_on_host = lane.device.on_host(checksum_segments(lane, read, first_byte=at))
+                unpack(lane, read, on_device, first_byte=at)
+                lane.event = self._unpacked = lane.stream.record()
+            self._unpacking.append(_Step(read, lane, on_host, crcs_on_host))
+
+    def _settle(self) -> None:
+        """Wait for the device's oldest work; check, and commit what has come whole and right."""
+        read, lane, on_host, crcs = self._unpacking.popleft()
+        with self._stopwatch.phase("unpack"):
+            lane.wait()
+            for chunk, box in on_host:
+                unpack_host(lane.host, chunk.byte_offset - read.byte_offset, chunk, box)
+            self._checksums.add(read.segments, [crc & 0xFFFFFFFF for crc in crcs.tolist()])
+            self._destinations.count(read)
+            if self._checksums.are_settled:
+                self._destinations.commit_filled()
+        self._free.append(lane)
+
+
+class _Step(NamedTuple):
+    read: SlabRead
+    lane: Lane
+    on_host: Sequence[tuple[ChunkRead, torch.Tensor]] = ()
+    """What the host unpacks, from the host slab."""
+    crcs: torch.Tensor = torch.empty(0)
+    """Of the read's segments, when the lane's work has ended."""
+
+
+def _read(file: FileReader, read: SlabRead, lane: Lane) -> int | None:
+    """Fill the lane's host slab (None) or, where the file can, its device slab: from which of its bytes on."""
+    if not isinstance(file, DeviceFileReader):
+        file.read(lane.host.view[: read.nbytes], read.byte_offset)
+        return None
+    first_byte = read.byte_offset % SLAB_ALIGNMENT_NBYTES
+    file.read_device(lane.slab(first_byte + read.nbytes), read.byte_offset - first_byte)
+    return first_byte

@@ -1,0 +1,236 @@
+"""From the tensors of a save to the slabs of one file, in device memory.
+
+Device tensors take one kernel for each pair of dtypes; envelopes, objects and host tensors are packed on the host and
+take one copy and one scatter; checksums and their patches stay on the device until the file is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gpudcp_kernels.casts import is_castable
+from gpudcp_kernels.checksum import add_parts, finished, new_slots, write_patches
+from gpudcp_kernels.chunks import Parts
+from gpudcp_kernels.pack import pack_cast
+
+from gpudcp.boxes import Box, boxes_of_run
+from gpudcp.chunkplan.save import ChunkWrite, SaveFilePlan
+from gpudcp.chunkplan.slabs import NO_ROW, Literal, PayloadPart, SlabContents
+from gpudcp.executors.base import SaveSource
+from gpudcp.executors.boxtables import BoxTable
+from gpudcp.executors.casting import copy_cast
+from gpudcp.executors.devices import Device, Event
+from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
+from gpudcp.executors.memory import as_bits, is_plain_memory, memory_at
+from gpudcp.formats.checksum import crc32
+
+
+class SlabPacker:
+    """Fills the slabs of one file, in their order. All calls come from one thread."""
+
+    def __init__(self, file: SaveFilePlan, source: SaveSource, device: Device, *, has_checksum: bool) -> None:
+        self._file = file
+        self._source = source
+        self._device = device
+        self._has_checksum = has_checksum
+        self._tensors: dict[int, _Payload] = {}
+        self._host_crcs: dict[int, int] = {}
+        self._slots: torch.Tensor | None = None
+        self._packed: Event | None = None
+        for row, write in enumerate(file.writes):
+            # What has no payload part is never resolved for one, but the source is asked once for each.
+            if not isinstance(write, ChunkWrite):
+                self._host_crcs[row] = crc32(write.data) if has_checksum else 0
+            elif write.envelope.payload_nbytes == 0:
+                source.resolve(write.position)
+                self._host_crcs[row] = 0
+
+    def fill(self, lane: Lane, contents: SlabContents) -> Event | None:
+        """Begin to fill the lane's device slab; returns the end of that. None: the lane's host slab is filled instead,
+        because nothing in it is on the device."""
+        payloads = [self._payload(part.row) for part in contents.parts]
+        staged = [
+            (part.slab_offset, self._host_bytes(part, payload))
+            for part, payload in zip(contents.parts, payloads, strict=True)
+            if not payload.is_on_device
+        ]
+        on_device = [pair for pair in zip(contents.parts, payloads, strict=True) if pair[1].is_on_device]
+        staged += [(literal.slab_offset, self._with_host_crc(literal)) for literal in contents.literals]
+        patches = [
+            (literal.row, literal.slab_offset + place)
+            for literal in contents.literals
+            if literal.row != NO_ROW and literal.row not in self._host_crcs
+            for place in literal.crc_offsets
+        ]
+        lane.kept += [payload.tensor for _, payload in on_device]
+        for part in contents.parts:
+            if part.stop == self._payload_numel(part.row):
+                del self._tensors[part.row]
+        if not on_device and not patches:
+            _fill_host(lane, contents.nbytes, staged)
+            return None
+        return self._fill_device(lane, contents.nbytes, staged, on_device, patches)
+
+    def crcs(self) -> list[int | None]:
+        """The CRC-32 of each write, in the plan's order; None: not computed. Waits for the device."""
+        if not self._has_checksum:
+            return [None] * len(self._file.writes)
+        found = None if self._slots is None else finished(self._slots).tolist()
+        return [
+            self._host_crcs[row] if row in self._host_crcs else found[row]  # type: ignore[index]
+            for row in range(len(self._file.writes))
+        ]
+
+    def _payload(self, row: int) -> _Payload:
+        payload = self._tensors.get(row)
+        if payload is None:
+            write: Any = self._file.writes[row]
+            tensor = self._source.resolve(write.position).detach()
+            payload = self._tensors[row] = self._prepared(tensor, write.dtype)
+            if not payload.is_on_device:
+                self._host_crcs[row] = 0
+        return payload
+
+    def _prepared(self, tensor: torch.Tensor, dtype: torch.dtype) -> _Payload:
+        """The tensor as kernels take it, or as it is, if the host packs it. On the caller's stream."""
+        is_foreign = not (tensor.is_cpu or self._device.owns(tensor))
+        if tensor.is_cpu and not self._device.owns(tensor):
+            return _Payload(tensor if self._source.keeps_memory else tensor.clone(), dtype, False)
+        tensor = tensor.resolve_conj().resolve_neg()
+        if tensor.dtype != dtype and (is_foreign or not is_castable(tensor.dtype, dtype)):
+            cast = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+            copy_cast(cast, tensor)
+            tensor = cast
+        elif not self._source.keeps_memory:
+            tensor = tensor.clone()
+        tensor, dtype = as_bits(tensor, dtype)
+        if is_foreign:
+            tensor = tensor.to(self._device.torch_device)
+        return _Payload(tensor, dtype, True)
+
+    def _payload_numel(self, row: int) -> int:
+        write: Any = self._file.writes[row]
+        return int(write.envelope.payload_nbytes // write.dtype.itemsize)
+
+    def _host_bytes(self, part: PayloadPart, payload: _Payload) -> memoryview:
+        """The bytes of a part that the host packs; their CRC-32 joins that of the parts before it."""
+        tensor, dtype, start = payload.tensor, payload.dtype, part.start
+        if is_plain_memory(tensor, dtype):
+            memory = memory_at(tensor.data_ptr() + start * dtype.itemsize, (part.stop - start) * dtype.itemsize)
+        else:
+            tensor, dtype = as_bits(tensor, dtype)
+            packed = torch.empty(part.stop - start, dtype=dtype)
+            taken = 0
+            for box in boxes_of_run(tuple(tensor.shape), start, part.stop):
+                view = _view(tensor, box)
+                copy_cast(packed[taken : taken + view.numel()].view(view.shape), view)
+                taken += view.numel()
+            memory = packed.view(torch.uint8).numpy().data
+        if self._has_checksum:
+            self._host_crcs[part.row] = crc32(memory, self._host_crcs[part.row])
+        return memory
+
+    def _with_host_crc(self, literal: Literal) -> memoryview:
+        crc = self._host_crcs.get(literal.row)
+        if not crc:
+            return literal.data
+        data = bytearray(literal.data)
+        value = crc.to_bytes(4, "little")
+        for place in literal.crc_offsets:
+            first, last = max(place, 0), min(place + 4, len(data))
+            data[first:last] = value[first - place : last - place]
+        return memoryview(data)
+
+    def _fill_device(
+        self,
+        lane: Lane,
+        nbytes: int,
+        staged: list[tuple[int, memoryview]],
+        on_device: list[tuple[PayloadPart, _Payload]],
+        patches: list[tuple[int, int]],
+    ) -> Event:
+        # After all that the caller queued, which may still be computing these tensors.
+        lane.stream.wait_for_caller()
+        if self._packed is not None:
+            lane.stream.wait_for(self._packed)  # checksums go on from slab to slab
+        with lane.stream.current():
+            lane.slab(nbytes).zero_()
+            if staged:
+                self._scatter(lane, staged)
+            self._pack(lane, on_device)
+            if self._has_checksum:
+                if self._slots is None:
+                    self._slots = new_slots(len(self._file.writes), self._device.torch_device)
+                add_parts(self._slots, lane.memory, self._crc_parts(on_device))
+                rows, offsets = zip(*patches, strict=True) if patches else ((), ())
+                write_patches(
+                    lane.memory,
+                    self._slots,
+                    patch_slots=np.array(rows, dtype=np.int64),
+                    byte_offsets=np.array(offsets, dtype=np.int64) + MARGIN_NBYTES,
+                )
+            lane.event = self._packed = lane.stream.record()
+            return self._packed
+
+    def _scatter(self, lane: Lane, staged: list[tuple[int, memoryview]]) -> None:
+        data = torch.frombuffer(bytearray().join(memory for _, memory in staged), dtype=torch.uint8)
+        on_device = lane.device.on_device(data)
+        lane.kept += (data, on_device)
+        lengths = np.array([len(memory) for _, memory in staged], dtype=np.int64)
+        table = BoxTable.of_runs(
+            on_device.data_ptr() + np.cumsum(lengths) - lengths,
+            np.array([offset for offset, _ in staged], dtype=np.int64) + MARGIN_NBYTES,
+            lengths,
+        )
+        pack_cast(table, lane.memory, memory_dtype=torch.uint8, file_dtype=torch.uint8)
+
+    def _pack(self, lane: Lane, on_device: Iterable[tuple[PayloadPart, _Payload]]) -> None:
+        tables: dict[tuple[torch.dtype, torch.dtype], BoxTable] = {}
+        for part, payload in on_device:
+            tensor, dtype = payload.tensor, payload.dtype
+            table = tables.setdefault((tensor.dtype, dtype), BoxTable())
+            slab_offset = MARGIN_NBYTES + part.slab_offset
+            if tensor.is_contiguous():
+                address = tensor.data_ptr() + part.start * tensor.itemsize
+                table.add(address, slab_offset, (part.stop - part.start,), (1,))
+                continue
+            for offsets, lengths in boxes_of_run(tuple(tensor.shape), part.start, part.stop):
+                view = _view(tensor, (offsets, lengths))
+                table.add(view.data_ptr(), slab_offset, lengths, view.stride())
+                slab_offset += view.numel() * dtype.itemsize
+        for (memory_dtype, file_dtype), table in tables.items():
+            pack_cast(table.boxes(), lane.memory, memory_dtype=memory_dtype, file_dtype=file_dtype)
+
+    def _crc_parts(self, on_device: list[tuple[PayloadPart, _Payload]]) -> Parts:
+        itemsizes = np.array([payload.dtype.itemsize for _, payload in on_device], dtype=np.int64)
+        columns = np.array([part for part, _ in on_device], dtype=np.int64).reshape(-1, 4)
+        rows, starts, stops, slab_offsets = columns.T
+        numels = np.array([self._payload_numel(row) for row in rows.tolist()], dtype=np.int64)
+        return Parts(
+            byte_offsets=slab_offsets + MARGIN_NBYTES,
+            nbytes=(stops - starts) * itemsizes,
+            slots=np.ascontiguousarray(rows),
+            are_first=starts == 0,
+            nbytes_after=(numels - stops) * itemsizes,
+        )
+
+
+class _Payload(NamedTuple):
+    tensor: torch.Tensor
+    dtype: torch.dtype
+    """In the file, or the integer type that moves its bits."""
+    is_on_device: bool
+
+
+def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    return tensor[tuple(slice(o, o + n) for o, n in zip(*box, strict=True))]
+
+
+def _fill_host(lane: Lane, nbytes: int, staged: list[tuple[int, memoryview]]) -> None:
+    ctypes.memset(lane.host.address, 0, nbytes)
+    for offset, memory in staged:
+        lane.host.view[offset : offset + len(memory)] = memory

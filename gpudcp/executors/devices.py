@@ -1,0 +1,150 @@
+"""What the device executor needs of a device: memory, streams, events. CUDA, or the host under Triton's interpreter."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+
+from gpudcp.executors.devicememory import allocate
+from gpudcp.executors.slabs import HostSlab
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def synchronize(self) -> None:
+        """Wait for it, without spinning and without the interpreter's lock."""
+
+
+class Stream(Protocol):
+    """A queue of work on one device."""
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Work begun in this context goes to the stream."""
+
+    def wait_for_caller(self) -> None:
+        """What comes next waits for all that the calling thread's own current stream was given so far."""
+
+    def wait_for(self, event: Event) -> None:
+        """What comes next waits for the event."""
+
+    def record(self) -> Event:
+        """The point that the stream has come to when it has done all it was given so far."""
+
+
+class Device(Protocol):
+    """Where tensors are that kernels reach."""
+
+    torch_device: torch.device
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """Whether kernels on this device reach the tensor's memory."""
+
+    def new_slab(self, nbytes: int) -> torch.Tensor:
+        """Flat uint8, an allocation of its own, on a multiple of 4096.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no room.
+        """
+
+    def new_host_slab(self, nbytes: int) -> HostSlab:
+        """Host memory that the device copies to and from while the host goes on."""
+
+    def on_device(self, data: torch.Tensor) -> torch.Tensor:
+        """A copy of flat host bytes, made by the current stream."""
+
+    def on_host(self, data: torch.Tensor) -> torch.Tensor:
+        """A copy of device bytes, made by the current stream: there when that has come so far."""
+
+    def new_stream(self) -> Stream: ...
+
+
+class CudaDevice:
+    """One GPU."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self.torch_device = torch_device
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.device == self.torch_device
+
+    def new_slab(self, nbytes: int) -> torch.Tensor:
+        return allocate(nbytes, self.torch_device)
+
+    def new_host_slab(self, nbytes: int) -> HostSlab:
+        return HostSlab(nbytes, is_pinned=True)
+
+    def on_device(self, data: torch.Tensor) -> torch.Tensor:
+        # From pinned memory of torch's host allocator, which keeps it until the copy is done.
+        return data.pin_memory().to(self.torch_device, non_blocking=True)
+
+    def on_host(self, data: torch.Tensor) -> torch.Tensor:
+        return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data, non_blocking=True)
+
+    def new_stream(self) -> Stream:
+        return _CudaStream(self.torch_device)
+
+
+class _CudaStream:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def current(self) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self._stream)
+
+    def wait_for_caller(self) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+
+    def wait_for(self, event: Event) -> None:
+        self._stream.wait_event(event)
+
+    def record(self) -> Event:
+        event: Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._stream.record_event(event)
+        return event
+
+
+class InterpretedDevice:
+    """The host, where Triton's interpreter runs the kernels at once: nothing is asynchronous."""
+
+    torch_device = torch.device("cpu")
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.is_cpu
+
+    def new_slab(self, nbytes: int) -> torch.Tensor:
+        return HostSlab(nbytes).tensor
+
+    def new_host_slab(self, nbytes: int) -> HostSlab:
+        return HostSlab(nbytes)
+
+    def on_device(self, data: torch.Tensor) -> torch.Tensor:
+        return data
+
+    def on_host(self, data: torch.Tensor) -> torch.Tensor:
+        return data
+
+    def new_stream(self) -> Stream:
+        return _HostStream()
+
+
+class _HostStream:
+    def current(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def wait_for_caller(self) -> None:
+        pass
+
+    def wait_for(self, event: Event) -> None:
+        event.synchronize()
+
+    def record(self) -> Event:
+        return _Passed()
+
+
+class _Passed:
+    def synchronize(self) -> None:
+        pass

@@ -1,0 +1,70 @@
+"""From a slab in device memory to the tensors of a load: a kernel for each pair of dtypes, checksums on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from gpudcp_kernels.casts import is_castable
+from gpudcp_kernels.checksum import crc32_ranges
+from gpudcp_kernels.unpack import unpack_cast
+
+from gpudcp.chunkplan.load import ChunkRead, SlabRead
+from gpudcp.executors.boxtables import BoxTable
+from gpudcp.executors.devices import Device
+from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
+from gpudcp.executors.memory import as_bits
+
+_Pair = tuple[ChunkRead, torch.Tensor]
+
+
+def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int) -> torch.Tensor:
+    """CRC-32 of each segment of a read that lies in the device slab from ``first_byte`` on; on the current stream."""
+    columns = np.array([segment[1:] for segment in read.segments], dtype=np.int64).reshape(-1, 2)
+    return crc32_ranges(lane.memory, columns[:, 0] + MARGIN_NBYTES + first_byte, np.ascontiguousarray(columns[:, 1]))
+
+
+def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: int) -> None:
+    """Unpack chunks of a read into their boxes of destinations, on the current stream.
+
+    Destinations that share memory, as tied weights do, are filled one after the other: the last one wins.
+    """
+    pairs = list(pairs)
+    base = MARGIN_NBYTES + first_byte - read.byte_offset
+    by_kernel = [pair for pair in pairs if _is_for_kernel(lane.device, *pair)]
+    others = [pair for pair in pairs if not _is_for_kernel(lane.device, *pair)]
+    addresses = [box.data_ptr() for _, box in by_kernel]
+    for group in [by_kernel] if len(set(addresses)) == len(addresses) else [[pair] for pair in by_kernel]:
+        _unpack_by_kernel(lane, group, base)
+    for chunk, box in others:
+        _unpack_by_torch(lane, chunk, box, base)
+
+
+def _is_for_kernel(device: Device, chunk: ChunkRead, box: torch.Tensor) -> bool:
+    is_view_of_another = box.is_conj() or box.is_neg()
+    return device.owns(box) and not is_view_of_another and is_castable(chunk.dtype, box.dtype)
+
+
+def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int) -> None:
+    tables: dict[tuple[torch.dtype, torch.dtype, bool], BoxTable] = {}
+    for chunk, box in pairs:
+        table = tables.setdefault((chunk.dtype, box.dtype, chunk.is_dense), BoxTable())
+        table.add(box.data_ptr(), base + chunk.byte_offset, chunk.lengths, box.stride(), chunk.strides)
+    slab = lane.memory[:-MARGIN_NBYTES]  # what follows is what kernels may read beyond its end
+    for (file_dtype, memory_dtype, is_dense), table in tables.items():
+        unpack_cast(
+            table.boxes(),
+            slab,
+            file_dtype=file_dtype,
+            memory_dtype=memory_dtype,
+            file_strides=None if is_dense else table.file_strides(),
+        )
+
+
+def _unpack_by_torch(lane: Lane, chunk: ChunkRead, box: torch.Tensor, base: int) -> None:
+    """Casts that the rule leaves to torch, views of conjugates, and memory of another device."""
+    start = base + chunk.byte_offset
+    packed = lane.memory[start : start + chunk.nbytes].clone()  # a typed view must start on an element
+    box, dtype = as_bits(box, chunk.dtype)
+    box.copy_(packed.view(dtype).as_strided(chunk.lengths, chunk.strides))

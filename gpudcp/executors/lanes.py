@@ -1,0 +1,113 @@
+"""Lanes: a stream, a device slab, a host slab, and the I/O that is in flight with them. Kept for the next transfer.
+
+Allocating and pinning memory takes as long as moving a good part of a checkpoint, and freeing device memory waits for
+everything else that the device does; so lanes outlive a transfer, at most as many as one transfer had.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from gpudcp.executors.devices import Device, Event
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+
+MARGIN_NBYTES = SLAB_ALIGNMENT_NBYTES
+"""Before and after a device slab's own bytes: CRC patches and reads of whole blocks may begin before them or end after
+them, and kernels read some bytes more than they use."""
+LEAST_SLAB_NBYTES = 1 << 20
+"""On a full device slabs are halved down to this; below it the cpu executor is as good."""
+
+
+class Lane:
+    """One lane of a device. Whoever has acquired it has it alone."""
+
+    def __init__(self, device: Device, slab_nbytes: int) -> None:
+        self.device = device
+        self.slab_nbytes = slab_nbytes
+        self.memory = device.new_slab(slab_nbytes + 2 * MARGIN_NBYTES)
+        """The device slab, from `MARGIN_NBYTES` on, and its margins."""
+        self.host = device.new_host_slab(slab_nbytes + MARGIN_NBYTES)
+        self.stream = device.new_stream()
+        self.event: Event | None = None
+        """The end of the device's last work with this lane."""
+        self.future: Future[Any] | None = None
+        """The last I/O with this lane."""
+        self.kept: list[Any] = []
+        """What the work in flight uses: tensors, and memory of the host."""
+
+    def slab(self, nbytes: int) -> torch.Tensor:
+        """The first bytes of the device slab."""
+        return self.memory[MARGIN_NBYTES : MARGIN_NBYTES + nbytes]
+
+    def wait(self) -> Any:
+        """Wait for everything in flight, and let go of what it used; returns, or raises, what the I/O did."""
+        future, self.future = self.future, None
+        event, self.event = self.event, None
+        try:
+            return None if future is None else future.result()
+        finally:
+            if event is not None:
+                event.synchronize()
+            self.kept.clear()
+
+
+@contextmanager
+def acquired(device: Device, count: int, *, slab_nbytes: int, least_nbytes: int) -> Iterator[Sequence[Lane]]:
+    """Up to ``count`` lanes with slabs of one size: ``slab_nbytes``, halved as long as the device has no room for one.
+
+    None at all where ``least_nbytes`` does not fit either. On leaving, everything in flight has ended.
+    """
+    lanes = _take(device, count, slab_nbytes)
+    nbytes = slab_nbytes
+    while not lanes and nbytes // 2 >= least_nbytes:
+        nbytes = nbytes // 2 // SLAB_ALIGNMENT_NBYTES * SLAB_ALIGNMENT_NBYTES
+        lanes = _take(device, count, nbytes)
+    try:
+        yield lanes
+    finally:
+        for lane in lanes:
+            _settle(lane)
+        _give_back(lanes, count)
+
+
+_free: dict[tuple[torch.device, type], list[Lane]] = {}
+_guard = threading.Lock()
+
+
+def _take(device: Device, count: int, nbytes: int) -> list[Lane]:
+    key = device.torch_device, type(device)
+    with _guard:
+        known = _free.pop(key, [])
+    lanes = [lane for lane in known if lane.slab_nbytes == nbytes][:count]
+    del known  # lanes of another size: their memory may be what is needed
+    try:
+        while len(lanes) < count:
+            lanes.append(Lane(device, nbytes))
+    except torch.OutOfMemoryError:
+        pass
+    return lanes
+
+
+def _give_back(lanes: Sequence[Lane], count: int) -> None:
+    if not lanes:
+        return
+    key = lanes[0].device.torch_device, type(lanes[0].device)
+    with _guard:
+        kept = _free.setdefault(key, [])
+        kept += lanes[: max(0, count - len(kept))]
+
+
+def _settle(lane: Lane) -> None:
+    """Wait for what is in flight after an error, whose cause is known already."""
+    if lane.future is not None:
+        lane.future.cancel()
+        if not lane.future.cancelled():
+            lane.future.exception()
+    lane.future = None
+    lane.wait()

@@ -1,0 +1,71 @@
+"""Choose the way between memory and files: KvikIO for device memory where it is there and faster, else POSIX files."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Literal
+
+import torch
+
+from gpudcp.errors import BackendUnavailableError
+from gpudcp.executors.devicememory import allocate
+from gpudcp.files import gds
+from gpudcp.files.figures import Direction, Way
+from gpudcp.files.trial import TRIAL_NBYTES, DeviceIO, try_device_io
+from gpudcp.files.tune import Choice, choose_way, choose_write
+from gpudcp.options import Options
+
+
+def choose_files(options: Options, directory: str, direction: Direction, gpu: torch.device | None) -> Choice:
+    """The way to the files in ``directory`` for the memory of a GPU; None: for the host's.
+
+    Raises:
+        BackendUnavailableError: the options ask by name for what is not available.
+    """
+    if options.files in ("gds", "kvikio"):
+        return _named(options.files, directory, gpu)
+    posix = _posix(options, directory, direction)
+    if gpu is None or options.files == "posix" or gds.unavailable_reason("kvikio") is not None:
+        return posix
+    try:
+        trial = _tried(directory, gpu)
+    except BackendUnavailableError as err:
+        return posix._replace(reason=f"{posix.reason}; KvikIO failed: {err}")
+    ways: list[Way] = ["gds" if trial.is_gds else "compat", posix.way]
+    return choose_way(directory, direction=direction, device=figures_name(gpu), ways=ways)
+
+
+def figures_name(gpu: torch.device | None) -> str:
+    """What figures of transfers call the memory: two GPUs of one kind are one device there."""
+    return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
+
+
+def _named(asked: Literal["gds", "kvikio"], directory: str, gpu: torch.device | None) -> Choice:
+    def refused(why: str) -> BackendUnavailableError:
+        return BackendUnavailableError(f"Options(files={asked!r}): {why}")
+
+    if gpu is None:
+        raise refused("it moves device memory, and no tensor is on a GPU; use Options(files='auto') or 'posix'")
+    if (why := gds.unavailable_reason(asked)) is not None:
+        raise refused(why)
+    trial = _tried(directory, gpu)
+    if asked == "gds" and not trial.is_gds:
+        raise refused(f"{trial.reason}; use Options(files='auto') or 'kvikio'")
+    return Choice("gds" if trial.is_gds else "compat", None, None, trial.reason)
+
+
+def _tried(directory: str, gpu: torch.device) -> DeviceIO:
+    return try_device_io(directory, _trial_memory(gpu), memory="slab")
+
+
+@cache
+def _trial_memory(gpu: torch.device) -> torch.Tensor:
+    """Kept, because freeing it would wait for everything else that the device does."""
+    return allocate(TRIAL_NBYTES, gpu)
+
+
+def _posix(options: Options, directory: str, direction: Direction) -> Choice:
+    if direction == "read":
+        return Choice("buffered", None, None, "buffered reads: any alignment, and the ranks of a node share the pages")
+    choice = choose_write(directory, options.direct_io)
+    return Choice("direct" if choice.is_direct else "buffered", None, None, choice.reason)

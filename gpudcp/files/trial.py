@@ -1,0 +1,145 @@
+"""One aligned write and read of device memory through KvikIO, in this process, with a deadline: does it work, and how?
+
+Tried once per file system, device and kind of memory, only after `gpudcp.files.gds` found nothing in the way. The file
+has no name where the file system can do that, and is gone in any case when the trial is over.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal, NamedTuple
+
+import torch
+
+from gpudcp.errors import BackendUnavailableError, GpuDcpError
+from gpudcp.files.kvikio import copy_and_wait, cufile_facts, open_handle, read_raw, write_raw
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+
+DEADLINE_S = 30.0
+TRIAL_NBYTES = 64 * SLAB_ALIGNMENT_NBYTES
+"""Memory that a trial needs: above KvikIO's threshold of 16 KiB, under which it never uses GPUDirect Storage."""
+
+# Whoever else moves bytes at the same time makes GPUDirect Storage look like compat mode, never the other way round.
+_TIMES_COUNTED = 4
+
+Memory = Literal["slab", "allocator"]
+"""Memory of an allocation of its own, or of torch's caching allocator, as destinations of a load are."""
+
+_PATTERN = bytes(i * 7 % 251 for i in range(TRIAL_NBYTES))
+
+_answers: dict[tuple[int, torch.device, Memory], DeviceIO | str] = {}
+_guard = threading.Lock()
+
+
+class DeviceIO(NamedTuple):
+    """How device memory moves here."""
+
+    is_gds: bool
+    """True only where it is certain that no bytes pass through host memory."""
+    reason: str
+
+
+def try_device_io(directory: str, tensor: torch.Tensor, *, memory: Memory, deadline_s: float = DEADLINE_S) -> DeviceIO:
+    """Move the first `TRIAL_NBYTES` of ``tensor`` to a file in ``directory`` and back, and tell how they went.
+
+    ``tensor`` is contiguous uint8 of at least that length, its address a multiple of 4096; its contents are lost. The
+    answer is remembered for this process, the directory's file system, the device and the kind of memory.
+
+    Raises:
+        BackendUnavailableError: it failed, gave other bytes back, or did not return in time.
+    """
+    key = os.stat(directory).st_dev, tensor.device, memory
+    with _guard:
+        if key not in _answers:
+            _answers[key] = _within(deadline_s, lambda: _trial(directory, tensor[:TRIAL_NBYTES]))
+        answer = _answers[key]
+    if isinstance(answer, str):
+        raise BackendUnavailableError(f"{directory}: {answer}; use Options(files='auto') or 'posix'")
+    return answer
+
+
+def _within(deadline_s: float, act: Callable[[], DeviceIO]) -> DeviceIO | str:
+    """What ``act`` returns, or why there is nothing. A thread that hangs is left alone, with the memory it uses."""
+    answers: list[DeviceIO | str] = []
+
+    def run() -> None:
+        try:
+            answers.append(act())
+        except (GpuDcpError, OSError, RuntimeError) as err:
+            answers.append(f"a trial transfer failed: {err}")
+
+    thread = threading.Thread(target=run, name="gpudcp-trial", daemon=True)
+    thread.start()
+    thread.join(deadline_s)
+    if thread.is_alive():
+        return f"a trial transfer did not return within {deadline_s:g} s"
+    return answers[0] if answers else "a trial transfer ended without an answer"
+
+
+def _trial(directory: str, tensor: torch.Tensor) -> DeviceIO:
+    with _scratch_file(directory) as fd:
+        path = os.path.join(directory, "(trial)")
+        handle = open_handle(fd, path, "r+")
+        try:
+            # After the opening, which opens the cuFile driver too.
+            facts = cufile_facts()
+            passed_by = min(_write_and_read(handle, path, fd, tensor) for _ in range(_TIMES_COUNTED)) < TRIAL_NBYTES
+        finally:
+            handle.close()
+    if facts.is_compat_mode:
+        return DeviceIO(False, "KvikIO in compat mode: POSIX calls through pinned memory")
+    if not facts.may_fall_back:
+        return DeviceIO(True, "GPUDirect Storage; cuFile may not fall back (allow_compat_mode is false)")
+    if facts.is_nvidia_fs_loaded and passed_by:
+        return DeviceIO(True, "GPUDirect Storage; no byte of a trial passed through a POSIX call")
+    return DeviceIO(False, "KvikIO through cuFile, which may fall back to POSIX; allow_compat_mode false shows whether")
+
+
+def _write_and_read(handle: object, path: str, fd: int, tensor: torch.Tensor) -> int:
+    """Both ways, each checked against what the file holds; returns how many bytes passed through system calls."""
+    copy_and_wait(torch.frombuffer(bytearray(_PATTERN), dtype=torch.uint8), tensor)
+    before = _syscall_nbytes()
+    write_raw(handle, path, tensor, 0)
+    written = _syscall_nbytes() - before
+    if os.pread(fd, TRIAL_NBYTES, 0) != _PATTERN:
+        raise RuntimeError("what was written from device memory does not stand in the file")
+    turned = _PATTERN[::-1]
+    os.pwrite(fd, turned, 0)
+    os.fsync(fd)
+    before = _syscall_nbytes()
+    read_raw(handle, path, tensor, 0)
+    read = _syscall_nbytes() - before
+    if bytes(tensor.cpu().numpy()) != turned:
+        raise RuntimeError("what was read into device memory is not what stands in the file")
+    return max(written, read)
+
+
+def _syscall_nbytes() -> int:
+    """Bytes that this process has read and written by system calls."""
+    with open("/proc/self/io", encoding="ascii") as file:
+        counted = dict(line.split(": ") for line in file)
+    return int(counted["rchar"]) + int(counted["wchar"])
+
+
+@contextmanager
+def _scratch_file(directory: str) -> Iterator[int]:
+    """A file for reading and writing that is nowhere to be found afterwards."""
+    try:
+        fd = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except (OSError, AttributeError):  # no unnamed files on NFS and Lustre
+        path = os.path.join(directory, f".gpudcp-{secrets.token_hex(8)}")
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+            os.unlink(path)
+        return
+    try:
+        yield fd
+    finally:
+        os.close(fd)

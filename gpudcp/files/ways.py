@@ -1,0 +1,37 @@
+"""Open files in the way that was chosen for them."""
+
+from __future__ import annotations
+
+from gpudcp.files.base import FileReader, FileWriter
+from gpudcp.files.figures import Way
+from gpudcp.files.posix import PosixReader, PosixWriter
+
+_DESCRIPTIONS: dict[Way, str] = {
+    "gds": "KvikIO, GPUDirect Storage",
+    "compat": "KvikIO, compat mode",
+    "direct": "posix direct",
+    "buffered": "posix buffered",
+}
+
+
+def described(way: Way) -> str:
+    """The way in words, for reports."""
+    return _DESCRIPTIONS[way]
+
+
+def open_writer(path: str, way: Way, *, nbytes: int, fsync: bool) -> FileWriter:
+    """A new file of so many bytes."""
+    if way in ("gds", "compat"):
+        from gpudcp.files.kvikio import KvikioWriter
+
+        return KvikioWriter(path, nbytes=nbytes, is_direct=False, fsync=fsync)
+    return PosixWriter(path, nbytes=nbytes, is_direct=way == "direct", fsync=fsync)
+
+
+def open_reader(path: str, way: Way) -> FileReader:
+    """An open file."""
+    if way in ("gds", "compat"):
+        from gpudcp.files.kvikio import KvikioReader
+
+        return KvikioReader(path)
+    return PosixReader(path)

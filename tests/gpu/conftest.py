@@ -1,0 +1,22 @@
+"""Everything here needs one GPU, and kernels compiled for it: elsewhere it is skipped, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+triton_api = pytest.importorskip("gpudcp_kernels.triton_api", reason="Triton is not installed")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _needs_a_gpu() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if triton_api.IS_INTERPRETING:
+        pytest.skip("this process interprets its kernels: run `make test-gpu`, which sets TRITON_INTERPRET=0")
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_error_behind() -> None:
+    """A wrong access of an earlier test must not be taken for one of the next."""
+    torch.cuda.synchronize()

@@ -29,6 +29,7 @@ __all__ = [
     "StorageInfo",
     "StreamTransformExtension",
     "dtensor_parts",
+    "dtensor_with_local",
     "flatten_as_torch_2_3",
     "flatten_sharded_tensors",
     "flatten_state_dict",
@@ -78,6 +79,13 @@ def dtensor_parts(tensor: DTensor) -> tuple[torch.Tensor, Any]:
     local = tensor._local_tensor
     # Of an asynchronous redistribution: the result, which it has memory for from the start.
     return (local.wait() if isinstance(local, AsyncCollectiveTensor) else local), tensor._spec
+
+
+def dtensor_with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    """The same part of the same tensor, in other memory, which need not be on the mesh's devices."""
+    make: Any = DTensor
+    made: DTensor = make(local, tensor._spec, requires_grad=tensor.requires_grad)
+    return made
 
 
 def flatten_as_torch_2_3(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:

@@ -1,24 +1,30 @@
-"""The public calls: torch's ``dcp.save`` and ``dcp.load``, argument for argument."""
+"""The public calls: torch's ``dcp.save``, ``dcp.load`` and ``dcp.async_save``, argument for argument."""
 
 from __future__ import annotations
 
 import logging
 import os
+from concurrent.futures import Future
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
+from gpudcp.background import BackgroundSaves, group_for_background
 from gpudcp.collector import collector_paused
 from gpudcp.driver import run_load, run_save
-from gpudcp.errors import CheckpointBusyError, PlanError
+from gpudcp.errors import BackendUnavailableError, CheckpointBusyError, PlanError
+from gpudcp.executors.remote import WriterProcess
 from gpudcp.options import Options
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
 from gpudcp.ranks import Ranks
+from gpudcp.staging import Snapshot, Stager
 from gpudcp.storage.reader import GpuStorageReader
 from gpudcp.storage.writer import GpuStorageWriter
 
@@ -58,21 +64,114 @@ def save(
     Raises:
         GpuDcpError: one of its tree; see `gpudcp.errors`.
     """
-    if storage_writer is None:
-        storage_writer = GpuStorageWriter(_required(checkpoint_id, "storage_writer"), options=options)
-    elif options is not None:
-        raise PlanError(
-            "options go to the storage_writer that is given, GpuStorageWriter(path, options=...), not to save"
-        )
-    elif checkpoint_id is not None:
-        storage_writer.reset(checkpoint_id)
+    writer = _writer(checkpoint_id, storage_writer, options, "save")
 
     def values() -> dict[str, Any]:
-        return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
+        _background.settle()
+        return _without_statefuls(state_dict)
 
     ranks = Ranks(process_group, no_dist=_is_alone(no_dist))
     with collector_paused():
-        return run_save(values, storage_writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
+        return run_save(values, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
+
+
+def async_save(
+    state_dict: dict[str, Any],
+    checkpoint_id: str | os.PathLike[str] | None = None,
+    *,
+    storage_writer: StorageWriter | None = None,
+    planner: SavePlanner | None = None,
+    process_group: dist.ProcessGroup | None = None,
+    async_checkpointer_type: AsyncCheckpointerType | None = None,
+    async_stager: AsyncStager | None = None,
+    no_dist: bool = False,
+    use_collectives: bool = True,
+    options: Options | None = None,
+) -> AsyncSaveResponse:
+    """Save a state dict in the background: on return it may be trained on, and the checkpoint holds what it was.
+
+    The snapshot is taken at once, into memory that is used again by the next one; a thread writes it. At most one save
+    is in flight: the next `async_save` or `save` waits for it first, and raises what it raised if nobody has heard of
+    that. The ranks talk over a gloo group of their own, made at the first call, which all of them make together.
+
+    Args:
+        state_dict, checkpoint_id, storage_writer, planner, process_group, no_dist, use_collectives, options: as for
+            `save`.
+        async_checkpointer_type: ``THREAD`` or ``PROCESS``; None: what the options' ``async_mode`` says. A process
+            packs, checksums and writes for `GpuStorageWriter` only; planning stays in this one.
+        async_stager: takes the snapshot in place of gpudcp's own; any torch AsyncStager.
+
+    Returns:
+        ``.staging_completion`` is done when the snapshot is taken, ``.upload_completion`` with the checkpoint's
+        Metadata when it is committed; both raise what went wrong.
+
+    Raises:
+        GpuDcpError: the snapshot cannot be taken, or an earlier save failed; on the other ranks their futures say so.
+    """
+    planner = planner or DefaultSavePlanner()
+    is_alone = _is_alone(no_dist)
+    group = None if is_alone else group_for_background(process_group)
+    prepared: Future[tuple[StorageWriter, Snapshot]] = Future()
+    try:
+        _background.settle()
+        writer = _writer(checkpoint_id, storage_writer, options, "async_save")
+        is_by_process = _is_by_process(writer, async_checkpointer_type)
+        prepared.set_result((writer, _staged(state_dict, planner, async_stager, is_shared=is_by_process)))
+    except BaseException as error:
+        prepared.set_exception(error)
+
+    def act() -> Metadata:
+        ranks = Ranks(group, no_dist=is_alone)
+        # A rank that has nothing to save must not leave the others waiting for it.
+        writer, snapshot = ranks.vote("snapshot", prepared.result)
+
+        def values() -> dict[str, Any]:
+            snapshot.finish()
+            return snapshot.state_dict
+
+        return run_save(values, writer, planner, ranks, use_collectives=use_collectives)
+
+    upload: Any = _background.begin(act)
+    if prepared.exception() is not None:
+        upload.exception()
+    prepared.result()
+    staging: Future[None] = Future()
+    staging.set_result(None)
+    return AsyncSaveResponse(staging_completion=staging, upload_completion=upload)
+
+
+_background = BackgroundSaves()
+_stager = Stager()
+_writer_process = WriterProcess()
+
+
+def _is_by_process(writer: StorageWriter, asked: AsyncCheckpointerType | None) -> bool:
+    """Whether a process writes; our writer is told so."""
+    if not isinstance(writer, GpuStorageWriter):
+        if asked is AsyncCheckpointerType.PROCESS:
+            raise BackendUnavailableError(
+                f"{asked}: only a GpuStorageWriter saves by a process, and this is a {type(writer).__name__}; "
+                "use AsyncCheckpointerType.THREAD, or dcp.async_save"
+            )
+        return False
+    is_asked = asked is AsyncCheckpointerType.PROCESS or (asked is None and writer.options.async_mode == "process")
+    writer.writer_process = _writer_process if is_asked else None
+    return is_asked
+
+
+def _staged(
+    state_dict: dict[str, Any], planner: SavePlanner, stager: AsyncStager | None, *, is_shared: bool
+) -> Snapshot:
+    values = _without_statefuls(state_dict)
+    if stager is None:
+        casts = planner.casts if isinstance(planner, DefaultSavePlanner) else None
+        return _stager.stage(values, casts, is_shared=is_shared)
+    taken = stager.stage(values)
+    if isinstance(taken, Future):
+        return Snapshot(taken.result(), lambda: None)
+    if stager.should_synchronize_after_execute:
+        stager.synchronize_staging()
+    return Snapshot(taken, lambda: None)
 
 
 def load(
@@ -139,6 +238,24 @@ def load(
             state_dict[key].load_state_dict(loaded[key])
         else:
             state_dict[key] = loaded[key]
+
+
+def _writer(
+    checkpoint_id: str | os.PathLike[str] | None, writer: StorageWriter | None, options: Options | None, call: str
+) -> StorageWriter:
+    if writer is None:
+        return GpuStorageWriter(_required(checkpoint_id, "storage_writer"), options=options)
+    if options is not None:
+        raise PlanError(
+            f"options go to the storage_writer that is given, GpuStorageWriter(path, options=...), not to {call}"
+        )
+    if checkpoint_id is not None:
+        writer.reset(checkpoint_id)
+    return writer
+
+
+def _without_statefuls(state_dict: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
 
 
 def _required(checkpoint_id: str | os.PathLike[str] | None, alternative: str) -> str | os.PathLike[str]:

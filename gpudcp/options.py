@@ -13,6 +13,7 @@ Executor = Literal["auto", "cpu", "cuda", "interpret"]
 Files = Literal["auto", "gds", "kvikio", "posix"]
 DirectIO = Literal["auto", "on", "off"]
 Verify = Literal["payload", "full", "off"]
+AsyncMode = Literal["thread", "process"]
 UnsafeObjects = Literal["warn", "error"]
 
 SLAB_ALIGNMENT_NBYTES = 4096
@@ -43,6 +44,8 @@ class Options:
     """CRC-32 of every payload, in the file and in ``.metadata``."""
     verify: Verify = "payload"
     """On load: ``payload`` checks what is read whole, ``full`` reads slices' payloads whole too, ``off`` nothing."""
+    async_mode: AsyncMode = "thread"
+    """Who writes after `gpudcp.async_save`: a thread, or a process, which takes nothing from training's interpreter."""
     trust_pickle: bool = False
     """Load objects with Python's own pickle, which runs whatever code they name."""
     unsafe_objects: UnsafeObjects = "warn"
@@ -70,6 +73,7 @@ _CHOICES = {
     "files": get_args(Files),
     "direct_io": get_args(DirectIO),
     "verify": get_args(Verify),
+    "async_mode": get_args(AsyncMode),
     "unsafe_objects": get_args(UnsafeObjects),
 }
 

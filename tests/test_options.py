@@ -12,6 +12,7 @@ from gpudcp.errors import PlanError
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES, Options
 
 CHOICES = {
+    "async_mode": ("thread", "process"),
     "executor": ("auto", "cpu", "cuda", "interpret"),
     "files": ("auto", "gds", "kvikio", "posix"),
     "direct_io": ("auto", "on", "off"),

@@ -66,7 +66,8 @@ class DefaultSavePlanner(SavePlanner):
         self.plan = SavePlan([])
         self.global_plan: list[SavePlan] = []
         self.metadata: Metadata | None = None
-        self._maker = LocalItemsMaker(None if dtype is None else CastRule.of(dtype))
+        self.casts = None if dtype is None else CastRule.of(dtype)
+        self._maker = LocalItemsMaker(self.casts)
         self._takes_columns = False
         self._local: LocalItems | None = None
         self._cache = _PlanCache() if enable_plan_caching else None

@@ -21,8 +21,9 @@ from gpudcp.arrays import Int64
 from gpudcp.chunkplan.save import ChunkWrite, SaveChunkPlan, SaveFilePlan, plan_save
 from gpudcp.collector import collector_paused
 from gpudcp.errors import CheckpointBusyError, CheckpointExistsError, GpuDcpError, PlanError
-from gpudcp.executors.base import FileReceipt
-from gpudcp.executors.select import select
+from gpudcp.executors.base import Executor, FileReceipt
+from gpudcp.executors.remote import RemoteExecutor, WriterProcess
+from gpudcp.executors.select import Selection, select
 from gpudcp.files.base import FileWriter
 from gpudcp.files.commit import (
     DirectoryLock,
@@ -91,6 +92,8 @@ class GpuStorageWriter(StorageWriter):
         self._last_save_id = ""
         self._written: list[str] = []
         self._lock: DirectoryLock | None = None
+        self.writer_process: WriterProcess | None = None
+        """Writes in place of this process; `gpudcp.async_save` sets it where it was told so."""
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Point the writer at another directory; without one nothing changes."""
@@ -176,6 +179,8 @@ class GpuStorageWriter(StorageWriter):
             nfiles = max(1, min(selection.threads, self.options.lanes // 2)) if selection.way == "buffered" else 1
             names = self._unused_names(plan.storage_data, nfiles)
             executor = selection.executor
+            if self.writer_process is not None:
+                executor = self._remote(self.writer_process, selection)
             chunk_plan = plan_save(items, literals, paths=names, slab_nbytes=executor.slab_nbytes)
 
         def open_file(file: SaveFilePlan) -> FileWriter:
@@ -204,6 +209,18 @@ class GpuStorageWriter(StorageWriter):
         _logger.info("%s", self.report)
         learn(self.report, selection)
         return WriteResults(records)
+
+    def _remote(self, process: WriterProcess, selection: Selection) -> Executor:
+        return RemoteExecutor(
+            process,
+            directory=self.path,
+            way=selection.way,
+            fsync=self.options.fsync,
+            slab_nbytes=selection.executor.slab_nbytes,
+            lanes=self.options.lanes,
+            threads=selection.threads,
+            has_checksum=self.options.checksum,
+        )
 
     def _unused_names(self, ticket: SaveTicket, nfiles: int) -> list[str]:
         """The data files' names. A planner that caches whole plans hands out the ticket of an earlier save."""
@@ -296,7 +313,7 @@ class GpuStorageWriter(StorageWriter):
         return is_directory_id(checkpoint_id)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None}
+        return {**self.__dict__, "_lock": None, "writer_process": None}
 
 
 def _records(items: Sequence[WriteItem], plan: SaveChunkPlan, receipts: list[FileReceipt]) -> ItemRecords:

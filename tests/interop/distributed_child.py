@@ -209,6 +209,57 @@ def async_save(directory: Path) -> None:
         check_loads_only(directory / "async", number)
 
 
+def saves_in_the_background_beside_training(directory: Path) -> None:
+    """Training talks on the default group while the ranks of a save talk on theirs; values are those at the call."""
+    path = directory / "background"
+    for number in (1.0, 2.0):
+        state = only(number)
+        response = gpudcp.async_save(state, path)
+        for value in state.values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+        for _ in range(50):
+            dist.all_reduce(torch.ones(10))
+        response.upload_completion.result()
+        check_loads_only(path, number)
+
+
+def a_snapshot_that_one_rank_cannot_take_fails_on_all(directory: Path) -> None:
+    """That rank's call raises, the others' futures; nobody waits, and the next save works."""
+
+    class Unwilling:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise ValueError("not to be copied")
+
+    path = directory / "background"
+    if dist.get_rank() == 1:
+        with raises(ValueError, "not to be copied"):
+            gpudcp.async_save({"object": Unwilling()}, path)
+    else:
+        upload = gpudcp.async_save({"a": torch.ones(1)}, path).upload_completion
+        with raises(GpuDcpError, "snapshot failed on rank 1: ValueError: not to be copied"):
+            upload.result()
+    check_loads_only(path, 2.0)
+
+
+def a_failure_that_only_one_rank_has_heard_of_is_raised_on_all(directory: Path) -> None:
+    """By the next save: on the ranks that were not told yet it is their own, on the others a failed rank's."""
+    path = directory / "background"
+
+    class Fails(gpudcp.DefaultSavePlanner):
+        def create_local_plan(self) -> Any:
+            raise PlanError("no plan today")
+
+    upload = gpudcp.async_save(only(3.0), path, planner=Fails()).upload_completion
+    if dist.get_rank() == 0:
+        assert isinstance(upload.exception(), GpuDcpError)
+    with raises(GpuDcpError, "no plan today"):
+        gpudcp.async_save(only(3.0), path).upload_completion.result()
+    check_loads_only(path, 2.0)
+    gpudcp.save(only(4.0), path)
+    check_loads_only(path, 4.0)
+
+
 def check_loads_only(directory: Path, number: float) -> None:
     for load in (gpudcp.load, dcp.load):
         found = only(0.0)
@@ -657,6 +708,15 @@ def a_killed_rank_leaves_the_old_checkpoint(directory: Path) -> None:
 
 WORLDS: tuple[tuple[str, tuple[int, ...], tuple[Scenario, ...]], ...] = (
     ("first_two", (0, 1), (two_ranks_save, mixed_drivers, async_save, returns_the_metadata)),
+    (
+        "background",
+        (0, 1),
+        (
+            saves_in_the_background_beside_training,
+            a_snapshot_that_one_rank_cannot_take_fails_on_all,
+            a_failure_that_only_one_rank_has_heard_of_is_raised_on_all,
+        ),
+    ),
     (
         "all_four",
         (0, 1, 2, 3),

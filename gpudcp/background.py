@@ -1,0 +1,109 @@
+"""Saves in the background: one thread, at most one save in flight, and no failure that nobody hears of."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+
+from gpudcp.executors.capture import relax_stream_capture
+
+_logger = logging.getLogger("gpudcp")
+
+
+class UploadFuture(Future[Metadata]):
+    """The Metadata of a checkpoint that is being written; it knows whether somebody has heard how that ended."""
+
+    was_heard = False
+
+    def result(self, timeout: float | None = None) -> Metadata:
+        """The Metadata, when the checkpoint is committed; raises what the save raised."""
+        try:
+            return super().result(timeout)
+        finally:
+            self.was_heard = self.was_heard or self.done()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the save raised."""
+        try:
+            return super().exception(timeout)
+        finally:
+            self.was_heard = self.was_heard or self.done()
+
+
+class BackgroundSaves:
+    """The saves that this process has begun and not yet ended: at most one, and the next one waits for it.
+
+    The interpreter waits for a save in flight before it exits, which succeeds where the ranks' group still lives.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._last: UploadFuture | None = None
+        self._guard = threading.Lock()
+
+    def settle(self) -> None:
+        """Wait for the save in flight; raises what it raised, unless somebody has heard of that."""
+        last = self._last
+        if last is None or threading.current_thread().name.startswith(_THREAD_NAME):
+            return
+        error = None if last.was_heard and last.done() else last.exception()
+        if self._last is last:
+            self._last = None
+        if error is not None:
+            raise error
+
+    def begin(self, act: Callable[[], Metadata]) -> UploadFuture:
+        """Run ``act`` in the background, when what was begun before has ended."""
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+        future = UploadFuture()
+
+        def run() -> None:
+            try:
+                if device is not None:
+                    torch.cuda.set_device(device)
+                    relax_stream_capture()
+                future.set_result(act())
+            except BaseException as error:
+                _logger.error("a background save failed: %s: %s", type(error).__name__, error)
+                future.set_exception(error)
+
+        with self._guard:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(1, _THREAD_NAME)
+                # Private, but the one hook before Python refuses new work to every thread pool, which a save needs.
+                threading._register_atexit(self._wait)  # type: ignore[attr-defined]
+            self._last = future
+            self._pool.submit(run)
+        return future
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.exception()
+
+
+_THREAD_NAME = "gpudcp-async"
+
+
+def group_for_background(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """A gloo group of the same ranks, which no other thread uses; made once, by all ranks of the group together.
+
+    A collective of training and one of a background save on one gloo group wait for each other until the timeout.
+    """
+    ranks = tuple(dist.get_process_group_ranks(group))
+    key: tuple[Any, ...] = (dist.group.WORLD, ranks)
+    for other in [other for other in _groups if other[0] is not key[0]]:
+        del _groups[other]  # of a world that was destroyed
+    known = _groups.get(key)
+    if known is None:
+        known = _groups[key] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+    return known
+
+
+_groups: dict[tuple[Any, ...], dist.ProcessGroup] = {}

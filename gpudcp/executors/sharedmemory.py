@@ -1,0 +1,61 @@
+"""Host memory that another process of this user can map, without a name anywhere: it is gone with its last user."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import weakref
+from typing import NamedTuple
+
+import torch
+
+
+class SharedPlace(NamedTuple):
+    """Where memory is, for another process."""
+
+    path: str
+    """To open and map."""
+    nbytes: int
+    byte_offset: int
+
+
+class SharedSlab:
+    """Flat uint8 in shared memory. Not limited by the size of /dev/shm."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._fd = os.memfd_create("gpudcp", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._fd)
+        os.ftruncate(self._fd, nbytes)
+        self.tensor = _mapped(self._fd, nbytes)
+        self._address = self.tensor.data_ptr()
+        _slabs.add(self)
+
+    def place(self, address: int, nbytes: int) -> SharedPlace | None:
+        """Where these bytes of memory are, if they are in this slab."""
+        start = address - self._address
+        if not 0 <= start <= start + nbytes <= self.nbytes:
+            return None
+        return SharedPlace(f"/proc/{os.getpid()}/fd/{self._fd}", self.nbytes, start)
+
+
+_slabs: weakref.WeakSet[SharedSlab] = weakref.WeakSet()
+
+
+def shared_place(address: int, nbytes: int) -> SharedPlace | None:
+    """Where memory of this process is for another one; None: nowhere."""
+    found = (slab.place(address, nbytes) for slab in _slabs)
+    return next((place for place in found if place is not None), None)
+
+
+def map_shared(path: str, nbytes: int) -> torch.Tensor:
+    """Another process's slab."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        return _mapped(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
+def _mapped(fd: int, nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)

@@ -1,0 +1,198 @@
+"""The snapshot that a background save writes: every value as it is at the call, in memory that is used again.
+
+Tensors go into one arena for each device, cast on the way where the planner would cast them, so that fewer bytes are
+kept. The arena of a GPU's tensors is on that GPU where there is room: copying there is what training waits for, and the
+thread that writes brings it to pinned host memory in pieces. Else they are copied to the host at once. It plans nothing
+and writes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from collections.abc import Callable, Mapping
+from math import prod
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from gpudcp._dcp import dtensor_parts, dtensor_with_local
+from gpudcp.executors.casting import copy_cast
+from gpudcp.executors.memory import is_plain_memory
+from gpudcp.executors.sharedmemory import SharedSlab
+from gpudcp.executors.slabs import HostSlab
+from gpudcp.formats.dtypes import QUANTIZED_DTYPES
+from gpudcp.planners.casts import CastRule
+from gpudcp.planners.local import flattened
+
+_ALIGNMENT_NBYTES = 64
+# A transfer of training waits for one piece at most: 1 ms at 32 GB/s.
+_PIECE_NBYTES = 32 << 20
+# Below it, calling torch's copy takes longer than copying.
+_SMALL_NBYTES = 64 << 10
+
+
+_Key = tuple[torch.device, str]
+_Arena = TypeVar("_Arena", torch.Tensor, torch.Tensor | None)
+
+
+class Snapshot(NamedTuple):
+    """A copy of a state dict, which nothing that training does changes."""
+
+    state_dict: dict[str, Any]
+    finish: Callable[[], None]
+    """Brings to the host what is still on a device. To be called before the tensors are read, by who reads them."""
+
+
+class Stager:
+    """Takes snapshots, one at a time: the next one is taken into the same memory."""
+
+    def __init__(self) -> None:
+        self._arenas: dict[_Key, torch.Tensor] = {}
+        self._shared: dict[torch.device, SharedSlab] = {}
+
+    def stage(self, state_dict: Mapping[str, Any], casts: CastRule | None, *, is_shared: bool) -> Snapshot:
+        """Copy what is in ``state_dict``; on return its tensors may be written to.
+
+        Args:
+            state_dict: tensors, DTensors, objects, nested dicts and lists of them. No value is Stateful.
+            casts: what the planner casts, by key; None: nothing.
+            is_shared: into memory that another process can map.
+        """
+        flat, _ = flattened(state_dict, nested=True, sharded_tensors=False)
+        jobs: dict[int, _Job] = {}
+        memo: dict[int, Any] = {}
+        for fqn, value in flat.items():
+            if not isinstance(value, torch.Tensor) or id(value) in jobs or id(value) in memo:
+                continue
+            local = _local_memory(value)
+            if local is None:
+                memo[id(value)] = value.detach().clone()
+            else:
+                jobs[id(value)] = _Job(value, local, _dtype_of_copy(fqn, local, casts))
+        copied_by_device: list[Callable[[], None]] = []
+        for device in {job.local.device for job in jobs.values()}:
+            own = {key: job for key, job in jobs.items() if job.local.device == device}
+            copied_by_device += self._copy(device, own, memo, is_shared=is_shared)
+
+        def finish() -> None:
+            for bring in copied_by_device:
+                bring()
+
+        # Objects, and the structure around everything, are copied by Python's own rules.
+        return Snapshot(copy.deepcopy(dict(state_dict), memo), finish)
+
+    def _copy(
+        self, device: torch.device, jobs: dict[int, _Job], memo: dict[int, Any], *, is_shared: bool
+    ) -> list[Callable[[], None]]:
+        """Copy tensors of one device; their copies, on the host, go into ``memo``. Returns what is left to do."""
+        starts, nbytes = {}, 0
+        for key, job in jobs.items():
+            starts[key] = nbytes
+            nbytes += -(-prod(job.local.shape) * job.dtype.itemsize // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES
+        if is_shared:
+            host = self._arena((device, "shared"), nbytes, self._share)
+        else:
+            host = self._arena((device, "host"), nbytes, _on_host)
+        on_device = self._arena((device, "device"), nbytes, _on_device) if device.type == "cuda" else None
+        for key, job in jobs.items():
+            _copy_into(_view(host if on_device is None else on_device, starts[key], job), job.local)
+            memo[key] = job.rewrapped(_view(host, starts[key], job))
+        if device.type != "cuda":
+            return []
+        torch.cuda.current_stream(device).synchronize()
+        return [] if on_device is None else [lambda: _bring(on_device, host)]
+
+    def _arena(self, key: _Key, nbytes: int, allocate: Callable[[int, torch.device], _Arena]) -> _Arena:
+        """Flat uint8 of so many bytes: that of the last snapshot if it is large enough."""
+        arena = self._arenas.pop(key, None)
+        if arena is None or arena.nbytes < nbytes:
+            del arena  # before there is another one
+            arena = allocate(nbytes, key[0])
+        if arena is not None:
+            self._arenas[key] = arena
+            return arena[:nbytes]
+        return arena
+
+    def _share(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        self._shared[device] = SharedSlab(max(nbytes, 1))
+        return self._shared[device].tensor
+
+
+class _Job(NamedTuple):
+    value: Any
+    local: torch.Tensor
+    """Its memory on this rank."""
+    dtype: torch.dtype
+    """Of the copy."""
+
+    def rewrapped(self, copied: torch.Tensor) -> Any:
+        """The copy as what the value is."""
+        if isinstance(self.value, DTensor):
+            return dtensor_with_local(self.value, copied)
+        return copied.requires_grad_() if self.value.requires_grad else copied
+
+
+def _local_memory(value: Any) -> torch.Tensor | None:
+    """The strided memory of a tensor or of this rank's part of one; None: something else."""
+    if type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        tensor: torch.Tensor = value.detach()
+    elif isinstance(value, DTensor):
+        tensor = dtensor_parts(value)[0].detach()
+        if type(tensor) is not torch.Tensor:
+            return None
+    else:
+        return None
+    is_plain = tensor.layout is torch.strided and tensor.dtype not in QUANTIZED_DTYPES
+    return tensor if is_plain and tensor.device.type in ("cpu", "cuda") else None
+
+
+def _dtype_of_copy(fqn: str, local: torch.Tensor, casts: CastRule | None) -> torch.dtype:
+    """What the planner will cast to; the tensor's own if it would cast the cast tensor once more."""
+    if casts is None:
+        return local.dtype
+    dtype = casts.dtype_of(fqn, local)
+    return dtype if casts.dtype_for(fqn, dtype) == dtype else local.dtype
+
+
+def _view(arena: torch.Tensor, start: int, job: _Job) -> torch.Tensor:
+    shape = job.local.shape
+    return arena[start : start + prod(shape) * job.dtype.itemsize].view(job.dtype).view(shape)
+
+
+def _copy_into(copied: torch.Tensor, source: torch.Tensor) -> None:
+    if source.nbytes < _SMALL_NBYTES and copied.is_cpu and is_plain_memory(source, copied.dtype):
+        ctypes.memmove(copied.data_ptr(), source.data_ptr(), source.nbytes)
+    elif copied.dtype == source.dtype:
+        copied.copy_(source, non_blocking=True)
+    else:
+        copy_cast(copied, source)
+
+
+def _bring(arena: torch.Tensor, host: torch.Tensor) -> None:
+    """Copy device memory to the host, piece by piece, so that training's own transfers come in between."""
+    stream: Any = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for start in range(0, arena.nbytes, _PIECE_NBYTES):
+            host[start : start + _PIECE_NBYTES].copy_(arena[start : start + _PIECE_NBYTES], non_blocking=True)
+            stream.synchronize()
+
+
+def _on_device(nbytes: int, device: torch.device) -> torch.Tensor | None:
+    free, _ = torch.cuda.mem_get_info(device)
+    if nbytes > free // 2:  # training needs some too, for activations that are not there now
+        return None
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _on_host(nbytes: int, device: torch.device) -> torch.Tensor:
+    if device.type == "cuda":
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError:  # no more memory can be pinned
+            pass
+    return HostSlab(max(nbytes, 1)).tensor[:nbytes]

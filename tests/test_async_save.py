@@ -1,0 +1,325 @@
+"""gpudcp.async_save: the checkpoint holds what was at the call, and no failure stays unheard. One process."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+import gpudcp
+from gpudcp import GpuStorageWriter, api
+from gpudcp.errors import BackendUnavailableError, PlanError, TransferError
+
+
+@pytest.fixture(autouse=True)
+def _nothing_in_flight() -> Iterator[None]:
+    """Every test begins and ends without a save in the background."""
+    yield
+    api._background.settle()
+
+
+class Held(GpuStorageWriter):
+    """A writer that waits before it writes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.may_write = threading.Event()
+        self.thread = ""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        self.thread = threading.current_thread().name
+        assert self.may_write.wait(60)
+        return super().write_data(plan, planner)
+
+
+def state() -> dict[str, Any]:
+    weight = torch.nn.Parameter(torch.arange(70_000.0).view(100, 700))
+    return {
+        "model": {"weight": weight, "tied": weight, "view": weight.detach()[3:7], "half": torch.ones(5).half()},
+        "steps": [torch.tensor(3), {"lr": 0.5}],
+        "note": ["x"],
+        "empty": torch.empty(0, 3),
+        "sparse": torch.eye(3).to_sparse(),
+    }
+
+
+def loaded(directory: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "model": {
+            "weight": torch.zeros(100, 700),
+            "tied": torch.zeros(100, 700),
+            "view": torch.zeros(4, 700),
+            "half": torch.zeros(5).half(),
+        },
+        "steps": [torch.tensor(0), {"lr": 0.0}],
+        "note": None,
+    }
+    gpudcp.load(found, directory)
+    return found
+
+
+def test_the_checkpoint_holds_the_values_at_the_call(tmp_path: Path) -> None:
+    """Tensors, aliases, views and objects may change as soon as the call has returned."""
+    writer, saved = Held(tmp_path), state()
+    response = gpudcp.async_save(saved, storage_writer=writer)
+    assert response.staging_completion.done()
+    assert not response.upload_completion.done()
+    with torch.no_grad():
+        saved["model"]["weight"].zero_()
+    saved["steps"][0] += 1
+    saved["steps"][1]["lr"] = 7.0
+    saved["note"].append("y")
+    writer.may_write.set()
+    response.upload_completion.result()
+    found, expected = loaded(tmp_path), state()
+    for name, tensor in expected["model"].items():
+        assert torch.equal(found["model"][name], tensor), name
+    assert (int(found["steps"][0]), found["steps"][1], found["note"]) == (3, {"lr": 0.5}, ["x"])
+    assert writer.thread.startswith("gpudcp-async")
+
+
+def test_a_process_writes_what_a_thread_would(tmp_path: Path) -> None:
+    """Strided views, objects, casts, sparse and empty tensors, byte for byte, whatever changes meanwhile."""
+    found: dict[str, list[bytes]] = {}
+    for mode in ("thread", "process"):
+        saved = {**state(), "transposed": torch.arange(12.0).view(3, 4).t(), "conj": torch.tensor([1 + 2j]).conj()}
+        planner = gpudcp.DefaultSavePlanner(dtype={"model.weight": torch.bfloat16})
+        options: Any = gpudcp.Options(async_mode=mode)
+        response = gpudcp.async_save(saved, tmp_path / mode, planner=planner, options=options)
+        with torch.no_grad():
+            saved["model"]["weight"].zero_()
+        response.upload_completion.result()
+        found[mode] = [path.read_bytes() for path in sorted((tmp_path / mode).glob("*.distcp"))]
+    assert found["process"] == found["thread"]
+
+
+def test_a_writing_process_that_is_killed_fails_its_save_alone(tmp_path: Path) -> None:
+    """The old checkpoint is intact, and the next save has a process again."""
+    options = gpudcp.Options(async_mode="process")
+    gpudcp.async_save({"a": torch.ones(9)}, tmp_path, options=options).upload_completion.result()
+    child = api._writer_process._child
+    assert child is not None
+    child.kill()
+    child.wait()
+
+    class SeeminglyAlive:
+        """What is not noticed before the save is sent."""
+
+        stdin, stdout, wait = child.stdin, child.stdout, child.wait
+
+        def poll(self) -> None:
+            return None
+
+    api._writer_process._child = SeeminglyAlive()  # type: ignore[assignment]
+    upload = gpudcp.async_save({"a": torch.zeros(9)}, tmp_path, options=options).upload_completion
+    with pytest.raises(TransferError, match=r"the writing process ended with status -9"):
+        upload.result()
+    found = {"a": torch.zeros(9)}
+    gpudcp.load(found, tmp_path)
+    assert torch.equal(found["a"], torch.ones(9))
+    gpudcp.async_save({"a": torch.full((9,), 2.0)}, tmp_path, options=options).upload_completion.result()
+    gpudcp.load(found, tmp_path)
+    assert torch.equal(found["a"], torch.full((9,), 2.0))
+
+
+def test_an_error_of_the_writing_process_is_raised_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As itself, with path and numbers; the process goes on."""
+    options = gpudcp.Options(async_mode="process", direct_io="off")
+    with monkeypatch.context() as patch:
+        patch.setattr(GpuStorageWriter, "_unused_names", lambda *_: ["missing/__0_0_0123456789abcdef.distcp"])
+        with pytest.raises(TransferError, match=r"missing/__0_0_0123456789abcdef.distcp: cannot be created"):
+            gpudcp.async_save({"a": torch.ones(9)}, tmp_path, options=options).upload_completion.result()
+    gpudcp.async_save({"a": torch.ones(9)}, tmp_path, options=options).upload_completion.result()
+
+
+def test_only_our_writer_saves_by_a_process(tmp_path: Path) -> None:
+    """Asked for by torch's name for it."""
+    kind = AsyncCheckpointerType.PROCESS
+    with pytest.raises(BackendUnavailableError, match="only a GpuStorageWriter saves by a process"):
+        gpudcp.async_save({}, storage_writer=dcp.FileSystemWriter(tmp_path), async_checkpointer_type=kind)
+    gpudcp.async_save({"a": torch.ones(3)}, tmp_path, async_checkpointer_type=kind).upload_completion.result()
+    found = {"a": torch.zeros(3)}
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert torch.equal(found["a"], torch.ones(3))
+
+
+def test_stock_torch_reads_it(tmp_path: Path) -> None:
+    """It is the checkpoint that `save` writes."""
+    gpudcp.async_save({"a": torch.arange(10.0)}, tmp_path).upload_completion.result()
+    found = {"a": torch.zeros(10)}
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert torch.equal(found["a"], torch.arange(10.0))
+
+
+def test_the_metadata_is_what_save_returns(tmp_path: Path) -> None:
+    """Field by field, whichever way it was saved."""
+    saved = state()
+    now = gpudcp.save(saved, tmp_path / "now")
+    later: Any = gpudcp.async_save(saved, tmp_path / "later").upload_completion.result()
+    assert later.state_dict_metadata == now.state_dict_metadata
+    assert later.planner_data == now.planner_data
+
+
+def test_the_planners_casts_are_applied_to_the_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer bytes are kept, and the file holds what a save at once would have put there."""
+    staged: list[dict[str, Any]] = []
+    stage = api._stager.stage
+
+    def recorded(*arguments: Any, **keywords: Any) -> Any:
+        staged.append((taken := stage(*arguments, **keywords)).state_dict)
+        return taken
+
+    monkeypatch.setattr(api._stager, "stage", recorded)
+    saved = {"a": torch.randn(1000), "n": torch.arange(5)}
+    planner = gpudcp.DefaultSavePlanner(dtype=torch.bfloat16)
+    gpudcp.async_save(saved, tmp_path / "later", planner=planner).upload_completion.result()
+    assert {name: tensor.dtype for name, tensor in staged[0].items()} == {"a": torch.bfloat16, "n": torch.int64}
+    gpudcp.save(saved, tmp_path / "now", planner=gpudcp.DefaultSavePlanner(dtype=torch.bfloat16))
+    found = [{"a": torch.zeros(1000, dtype=torch.bfloat16)} for _ in range(2)]
+    for each, name in zip(found, ("later", "now"), strict=True):
+        gpudcp.load(each, tmp_path / name)
+    assert torch.equal(found[0]["a"], found[1]["a"])
+    assert torch.equal(found[0]["a"], saved["a"].bfloat16())
+
+
+def test_a_rule_that_would_cast_twice_is_left_to_the_writer(tmp_path: Path) -> None:
+    """A callable that sends float32 to float16 and float16 to bfloat16 is asked once for each tensor."""
+    turns = {torch.float32: torch.float16, torch.float16: torch.bfloat16}
+    planner = gpudcp.DefaultSavePlanner(dtype=lambda _, dtype: turns.get(dtype))
+    metadata: Any = gpudcp.async_save({"a": torch.ones(4)}, tmp_path, planner=planner).upload_completion.result()
+    assert metadata.state_dict_metadata["a"].properties.dtype is torch.float16
+
+
+def test_one_save_is_in_flight_and_the_next_one_waits_for_it(tmp_path: Path) -> None:
+    """With the same writer too; the second snapshot is taken into the memory of the first, when that is written."""
+    writer = Held(tmp_path)
+    first = gpudcp.async_save({"a": torch.full((100,), 1.0)}, storage_writer=writer)
+    threading.Timer(0.2, writer.may_write.set).start()
+    second = gpudcp.async_save({"a": torch.full((100,), 2.0)}, storage_writer=writer)
+    assert first.upload_completion.done()
+    second.upload_completion.result()
+    found = {"a": torch.zeros(100)}
+    gpudcp.load(found, tmp_path)
+    assert bool((found["a"] == 2.0).all())
+
+
+def test_a_save_waits_for_the_one_in_the_background(tmp_path: Path) -> None:
+    """What was begun later is what stays."""
+    writer = Held(tmp_path)
+    gpudcp.async_save({"a": torch.ones(1)}, storage_writer=writer)
+    threading.Timer(0.2, writer.may_write.set).start()
+    gpudcp.save({"a": torch.full((1,), 2.0)}, tmp_path)
+    found = {"a": torch.zeros(1)}
+    gpudcp.load(found, tmp_path)
+    assert found["a"].item() == 2.0
+
+
+@pytest.mark.parametrize("next_call", [gpudcp.save, gpudcp.async_save])
+def test_a_failure_nobody_has_heard_of_is_raised_by_the_next_save(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, next_call: Any
+) -> None:
+    """And by a log line at once; the save after that works."""
+    (tmp_path / "file").write_bytes(b"")
+    with caplog.at_level(logging.ERROR, "gpudcp"):
+        gpudcp.async_save({"a": torch.ones(1)}, tmp_path / "file" / "below")
+        with pytest.raises(TransferError, match="below"):
+            next_call({"a": torch.ones(1)}, tmp_path / "checkpoint")
+    assert "a background save failed: TransferError" in caplog.text
+    gpudcp.save({"a": torch.ones(1)}, tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize("ask", ["result", "exception"])
+def test_a_failure_that_was_heard_is_not_raised_again(tmp_path: Path, ask: str) -> None:
+    """Its caller has dealt with it."""
+    (tmp_path / "file").write_bytes(b"")
+    upload = gpudcp.async_save({"a": torch.ones(1)}, tmp_path / "file" / "below").upload_completion
+    if ask == "result":
+        with pytest.raises(TransferError):
+            upload.result()
+    else:
+        assert isinstance(upload.exception(), TransferError)
+    gpudcp.save({"a": torch.ones(1)}, tmp_path / "checkpoint")
+
+
+def test_a_snapshot_that_cannot_be_taken_is_raised_at_once(tmp_path: Path) -> None:
+    """By the call itself, and once."""
+
+    class Unwilling:
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise ValueError("not to be copied")
+
+    with pytest.raises(ValueError, match="not to be copied"):
+        gpudcp.async_save({"object": Unwilling()}, tmp_path)
+    gpudcp.save({"a": torch.ones(1)}, tmp_path)
+
+
+def test_a_torch_stager_may_take_the_snapshot(tmp_path: Path) -> None:
+    """As in dcp.async_save, whether it returns the state dict or a future of it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    class Stager:
+        should_synchronize_after_execute = True
+        pool: ThreadPoolExecutor | None = None
+        synchronised = 0
+
+        def stage(self, state_dict: Any) -> Any:
+            copied = {key: value.clone() for key, value in state_dict.items()}
+            return copied if self.pool is None else self.pool.submit(lambda: copied)
+
+        def synchronize_staging(self) -> None:
+            self.synchronised += 1
+
+    stager: Any = Stager()
+    gpudcp.async_save({"a": torch.ones(3)}, tmp_path / "1", async_stager=stager).upload_completion.result()
+    assert stager.synchronised == 1
+    with ThreadPoolExecutor(1) as stager.pool:
+        gpudcp.async_save({"a": torch.ones(3)}, tmp_path / "2", async_stager=stager).upload_completion.result()
+    for name in ("1", "2"):
+        found = {"a": torch.zeros(3)}
+        gpudcp.load(found, tmp_path / name)
+        assert torch.equal(found["a"], torch.ones(3))
+
+
+def test_options_do_not_go_beside_a_writer(tmp_path: Path) -> None:
+    """The error names the call."""
+    with pytest.raises(PlanError, match=r"not to async_save$"):
+        gpudcp.async_save({}, storage_writer=GpuStorageWriter(tmp_path), options=gpudcp.Options())
+
+
+def test_torchs_writer_may_write_in_the_background(tmp_path: Path) -> None:
+    """Any StorageWriter, as everywhere."""
+    writer = dcp.FileSystemWriter(tmp_path)
+    gpudcp.async_save({"a": torch.ones(3)}, storage_writer=writer).upload_completion.result()
+    found = {"a": torch.zeros(3)}
+    dcp.load(found, checkpoint_id=tmp_path)
+    assert torch.equal(found["a"], torch.ones(3))
+
+
+def test_dcp_async_save_works_with_our_writer(tmp_path: Path) -> None:
+    """torch's own driver and stager over GpuStorageWriter."""
+    future: Any = dcp.async_save({"a": torch.ones(3)}, storage_writer=GpuStorageWriter(tmp_path))
+    future.result()
+    found = {"a": torch.zeros(3)}
+    gpudcp.load(found, tmp_path)
+    assert torch.equal(found["a"], torch.ones(3))
+
+
+def test_interpreter_exit_finishes_the_save(tmp_path: Path) -> None:
+    """A script that ends right after the call leaves a whole checkpoint."""
+    script = (
+        "import sys, torch, gpudcp\ngpudcp.async_save({'a': torch.ones(1 << 20), 'b': torch.arange(5)}, sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script, str(tmp_path)], check=True, timeout=120)
+    found = {"a": torch.zeros(1 << 20), "b": torch.zeros(5, dtype=torch.int64)}
+    gpudcp.load(found, tmp_path)
+    assert bool((found["a"] == 1).all())
+    assert found["b"].tolist() == [0, 1, 2, 3, 4]

@@ -2,6 +2,7 @@
 
 from gpudcp import errors, planners
 from gpudcp.api import async_save, load, save
+from gpudcp.manager import CheckpointManager
 from gpudcp.options import Options
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
 from gpudcp.probe import probe
@@ -15,6 +16,7 @@ from gpudcp.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "CheckpointManager",
     "DefaultLoadPlanner",
     "DefaultSavePlanner",
     "GpuStorageReader",

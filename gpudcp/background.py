@@ -22,6 +22,11 @@ class UploadFuture(Future[Metadata]):
 
     was_heard = False
 
+    @property
+    def succeeded(self) -> bool:
+        """Whether the checkpoint is committed; asking so is not hearing of a failure."""
+        return self.done() and super().exception() is None
+
     def result(self, timeout: float | None = None) -> Metadata:
         """The Metadata, when the checkpoint is committed; raises what the save raised."""
         try:

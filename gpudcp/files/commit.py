@@ -49,6 +49,12 @@ def is_data_file_name(name: str, *, has_save_id: bool) -> bool:
     return match is not None and (match["save_id"] is not None) == has_save_id
 
 
+def rank_of_data_file(name: str) -> int | None:
+    """The rank that wrote a data file; None where the name does not say."""
+    match = _DATA_NAME.fullmatch(name)
+    return None if match is None else int(match["rank"])
+
+
 def metadata_file_name(rank: int | None) -> str:
     """``.metadata``, or a rank's own where ranks save without collectives."""
     return ".metadata" if rank is None else f"__{rank}.metadata"
@@ -91,6 +97,39 @@ def replace_file(directory: str, name: str, parts: Iterable[bytes | memoryview],
 def metadata_names(directory: str) -> list[str]:
     """The names of every metadata file in the directory, of all ranks, sorted."""
     return sorted(name for name in os.listdir(directory) if _METADATA_NAME.fullmatch(name))
+
+
+def is_committed(directory: str) -> bool:
+    """Whether the directory holds a checkpoint, or ranks' own."""
+    try:
+        return bool(metadata_names(directory))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def remove_checkpoint(directory: str, *, fsync: bool) -> None:
+    """Remove a checkpoint and its directory; what else lies there stays, and the directory with it.
+
+    The metadata goes first, so that what is left after a crash is no checkpoint.
+
+    Raises:
+        CheckpointBusyError: a save into it is running.
+        TransferError: it cannot be removed.
+    """
+    lock = DirectoryLock.acquire(directory)
+    try:
+        with _os_errors_named(directory):
+            names = os.listdir(directory)
+            for name in [*metadata_names(directory), *(name for name in names if _COMMITTED_NAME.fullmatch(name))]:
+                with suppress(FileNotFoundError):
+                    os.unlink(os.path.join(directory, name))
+            if fsync:
+                fsync_directory(directory)
+            remove_files(directory, [name for name in names if _DATA_NAME.fullmatch(name)], fsync=False)
+    finally:
+        lock.release()
+    with suppress(OSError):  # somebody's own files
+        os.rmdir(directory)
 
 
 def stale_data_names(directory: str, *, rank: int | None) -> list[str]:

@@ -260,6 +260,29 @@ def a_failure_that_only_one_rank_has_heard_of_is_raised_on_all(directory: Path) 
     check_loads_only(path, 4.0)
 
 
+def a_manager_goes_back_on_all_ranks_when_one_cannot_read(directory: Path) -> None:
+    """Only one rank's shard of the newest step is damaged; all restore the one before it."""
+    manager = gpudcp.CheckpointManager(directory / "run", keep_last=2)
+    for step in (1, 2, 3):
+        manager.save(step, only(float(step)))
+    assert manager.steps() == [2, 3]
+    dist.barrier()
+    if dist.get_rank() == 0:
+        (path,) = Path(manager.path(3)).glob("__1_*.distcp")
+        data = bytearray(path.read_bytes())
+        data[data.index(torch.tensor([9.0, 10.0]).numpy().tobytes())] ^= 1
+        path.write_bytes(bytes(data))
+    dist.barrier()
+    found = only(0.0)
+    assert manager.restore(found) == 2
+    check_equal(only(2.0), found)
+    response = manager.async_save(4, only(4.0))
+    response.upload_completion.result()
+    assert manager.restore(found) == 4
+    with raises(GpuDcpError, "no_such_key"):
+        manager.restore({**only(0.0), **({"no_such_key": 1} if dist.get_rank() == 1 else {})})
+
+
 def check_loads_only(directory: Path, number: float) -> None:
     for load in (gpudcp.load, dcp.load):
         found = only(0.0)
@@ -715,6 +738,7 @@ WORLDS: tuple[tuple[str, tuple[int, ...], tuple[Scenario, ...]], ...] = (
             saves_in_the_background_beside_training,
             a_snapshot_that_one_rank_cannot_take_fails_on_all,
             a_failure_that_only_one_rank_has_heard_of_is_raised_on_all,
+            a_manager_goes_back_on_all_ranks_when_one_cannot_read,
         ),
     ),
     (

@@ -1,0 +1,193 @@
+"""CheckpointManager: the checkpoints of a run, one directory a step. Which are kept, which is the newest good one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
+
+from gpudcp.api import async_save, load, save
+from gpudcp.errors import (
+    CheckpointBusyError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    PlanError,
+    TransferError,
+    UnsafeCheckpointError,
+)
+from gpudcp.files.commit import is_committed, remove_checkpoint
+from gpudcp.options import Options
+from gpudcp.ranks import Ranks
+
+_logger = logging.getLogger("gpudcp")
+
+_STEP_NAME = re.compile(r"step-(\d{8,})")
+# What makes a step no checkpoint, or no good one; anything else is about the state dict, and every step would fail.
+_SKIPPED = (CheckpointNotFoundError, CorruptCheckpointError, TransferError, UnsafeCheckpointError)
+_GOOD, _BAD, _HOPELESS = range(3)
+
+
+class CheckpointManager:
+    """Saves steps of a run below one directory, keeps the newest and every n-th, and restores the newest good one.
+
+    A step is a directory ``step-00001000`` that holds an ordinary DCP checkpoint. All ranks of the group make the same
+    calls together; its rank 0 looks for steps and removes them, so ``root`` is a directory that all of them see.
+
+    Args:
+        root: where the steps are; made at the first save.
+        keep_last: how many of the newest steps stay; None: all.
+        keep_every: steps that are multiples of it stay for good; None: no others.
+        options: of every save and restore; see `gpudcp.Options`.
+        process_group, no_dist: as for `gpudcp.save`.
+
+    Raises:
+        PlanError: a number to keep is less than 1.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        options: Options | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        no_dist: bool = False,
+    ) -> None:
+        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise PlanError(f"CheckpointManager({name}={value!r}): must be None or an integer of at least 1")
+        self.root = os.fspath(root)
+        self.keep_last = keep_last
+        self.keep_every = keep_every
+        self.options = options or Options()
+        self._group = process_group
+        self._no_dist = no_dist
+
+    def path(self, step: int) -> str:
+        """The directory of a step."""
+        return os.path.join(self.root, f"step-{step:08d}")
+
+    def save(self, step: int, state_dict: dict[str, Any], *, planner: SavePlanner | None = None) -> Metadata:
+        """Save a step, then remove the steps that need not be kept. Saving a step again replaces it.
+
+        Raises:
+            GpuDcpError: as `gpudcp.save`; nothing has been removed.
+        """
+        metadata = save(state_dict, self._path_to_save(step), planner=planner, **self._where())
+        if self._ranks().is_coordinator:
+            self._remove_others(step)
+        return metadata
+
+    def async_save(
+        self, step: int, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
+    ) -> AsyncSaveResponse:
+        """The same in the background: see `gpudcp.async_save`. Steps are removed when this one is committed."""
+        response = async_save(state_dict, self._path_to_save(step), planner=planner, **self._where())
+
+        def remove_others(upload: Any) -> None:
+            if not upload.cancelled() and upload.succeeded:
+                self._remove_others(step)
+
+        if self._ranks().is_coordinator:
+            response.upload_completion.add_done_callback(remove_others)
+        return response
+
+    def steps(self) -> list[int]:
+        """The steps that are committed, in order; the same on every rank."""
+        return self._ranks().reduce_broadcast("steps", list, lambda _: self._committed())
+
+    def latest(self) -> int | None:
+        """The newest step that is committed; the same on every rank. Whether it is good, only reading it tells."""
+        return max(self.steps(), default=None)
+
+    def restore(
+        self, state_dict: dict[str, Any], step: int | None = None, *, planner: LoadPlanner | None = None
+    ) -> int:
+        """Load a step into ``state_dict``, as `gpudcp.load` does; return which.
+
+        Args:
+            state_dict: says what to load, and takes it.
+            step: this very step. None: the newest good one; what is incomplete or corrupt is passed over, with a
+                warning in the log, on all ranks if it is on one.
+            planner: for the load; with several steps to try, it is used for each.
+
+        Raises:
+            CheckpointNotFoundError: there is no good step.
+            GpuDcpError: as `gpudcp.load`, where another step would not help, or ``step`` was asked for by name.
+        """
+        if step is not None:
+            load(state_dict, self.path(step), planner=planner, **self._where())
+            return step
+        tried: list[str] = []
+        for candidate in reversed(self.steps()):
+            error = self._attempt(state_dict, candidate, planner)
+            if error is None:
+                return candidate
+            _logger.warning("%s: passed over: %s", self.path(candidate), error)
+            tried.append(f"step {candidate}: {error}")
+        raise CheckpointNotFoundError(f"{self.root}: no good checkpoint{': ' if tried else ''}{'; '.join(tried)}")
+
+    def _attempt(self, state_dict: dict[str, Any], step: int, planner: LoadPlanner | None) -> BaseException | None:
+        """Why a step is no good, on any rank; raises what another step would not cure."""
+        error: BaseException | None = None
+        try:
+            load(state_dict, self.path(step), planner=planner, **self._where())
+        except BaseException as raised:
+            error = raised
+        own = _GOOD if error is None else _BAD if isinstance(error, _SKIPPED) else _HOPELESS
+        worst = self._ranks().reduce_broadcast("restore", lambda: own, lambda verdicts: max(verdicts))
+        if worst == _HOPELESS:
+            raise error or CheckpointBusyError(f"{self.path(step)}: another rank could not load it")
+        if worst == _BAD and error is None:
+            return CorruptCheckpointError("another rank could not read it", path=self.path(step))
+        return error
+
+    def _path_to_save(self, step: int) -> str:
+        if type(step) is not int or step < 0:
+            raise PlanError(f"step={step!r}: must be an integer of at least 0")
+        return self.path(step)
+
+    def _where(self) -> dict[str, Any]:
+        return {"process_group": self._group, "no_dist": self._no_dist, "options": self.options}
+
+    def _ranks(self) -> Ranks:
+        alone = self._no_dist or not (dist.is_available() and dist.is_initialized())
+        return Ranks(self._group, no_dist=alone)
+
+    def _found(self) -> dict[int, str]:
+        """The directories of steps, committed or not."""
+        names: Sequence[str] = ()
+        with suppress(FileNotFoundError):
+            names = os.listdir(self.root)
+        matches = ((_STEP_NAME.fullmatch(name), name) for name in names)
+        return {int(match[1]): os.path.join(self.root, name) for match, name in matches if match is not None}
+
+    def _committed(self) -> list[int]:
+        return sorted(step for step, path in self._found().items() if is_committed(path))
+
+    def _remove_others(self, saved: int) -> None:
+        """Remove committed steps that need not be kept, and what older saves left behind that never was committed.
+
+        Never the step that was just saved, whatever its number: it is the one that is known to be good.
+        """
+        found = self._found()
+        committed = self._committed()
+        kept = {saved, *(committed if self.keep_last is None else committed[-self.keep_last :])}
+        for step, path in found.items():
+            is_unfinished = step not in committed and step < saved
+            is_spare = step in committed and step not in kept and (self.keep_every is None or step % self.keep_every)
+            if not (is_unfinished or is_spare):
+                continue
+            try:
+                remove_checkpoint(path, fsync=self.options.fsync)
+            except (TransferError, CheckpointBusyError) as err:
+                _logger.warning("%s: not removed: %s", path, err)

@@ -1,7 +1,7 @@
 PYTHON ?= python
 DEMO_VENV := .venv-demo
 
-.PHONY: check test test-gpu test-kvikio bench demo clean
+.PHONY: check test test-gpu sanitize-gpu bench-gpu gpu-report test-kvikio bench demo clean
 
 check:
 	$(PYTHON) -m ruff check .
@@ -12,8 +12,26 @@ check:
 test:
 	$(PYTHON) -m pytest
 
+# Needs one GPU, skips without. Warnings of a torch that nobody has tried yet are shown, not raised.
+GPU_PYTEST := TRITON_INTERPRET=0 $(PYTHON) -m pytest -W default
+
 test-gpu:
-	$(PYTHON) -m pytest -m gpu
+	$(GPU_PYTEST) -m gpu tests/gpu tests/files/test_kvikio_gpu.py
+
+# Each tensor an allocation of its own: an access behind it is then found. Takes its time, so only a few small cases.
+sanitize-gpu:
+	@if command -v compute-sanitizer > /dev/null; then \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 TRITON_INTERPRET=0 compute-sanitizer --tool memcheck --error-exitcode 86 \
+	    $(PYTHON) -m pytest -W default -p no:cacheprovider -m gpu tests/gpu/test_gpu_sanitized.py; \
+	else echo "sanitize-gpu: skipped, compute-sanitizer (of the CUDA toolkit) is not on the PATH"; fi
+
+bench-gpu:
+	TRITON_INTERPRET=0 $(PYTHON) -m pytest -W default bench/gpu --size=full
+
+# All of the above in one call of less than ten minutes: report.txt and two archives in OUT.
+gpu-report:
+	@test -n "$(OUT)" || { echo "gpu-report: make gpu-report OUT=directory [COMMIT=name]"; exit 2; }
+	$(PYTHON) -m bench.gpu.report --out "$(OUT)" --commit "$(COMMIT)"
 
 # The real KvikIO without a GPU: needs `pip install kvikio-cu13` (or the light set of it) and gcc, skips without.
 test-kvikio:

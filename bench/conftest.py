@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.gpu.hardware import describe_gpu
 from bench.results import Suite, describe_environment
 from bench.sizes import SIZES, Sizes
 
@@ -25,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--directory", help="where the disk is; by default a temporary directory in the current one")
     group.addoption("--results", help="where results are written; by default bench/results if full, nowhere if small")
+    group.addoption("--commit", default="", help="of this tree, where git is not there to be asked")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -88,9 +90,11 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         command="python -m pytest " + " ".join(config.invocation_params.args),
         size=size,
         directories={"disk": str(_disk_directory(config)), "tmpfs": _TMPFS},
+        commit=config.getoption("--commit"),
     )
     for suite in config.stash[_SUITES].values():
-        config.stash[_WRITTEN] += suite.write(Path(results), environment)
+        if suite.tables:  # a suite that only skipped has nothing to keep
+            config.stash[_WRITTEN] += suite.write(Path(results), environment | describe_gpu())
 
 
 @pytest.hookimpl(trylast=True)

@@ -148,8 +148,11 @@ class Suite:
         return [*self.tables, Table(title=f"{self.name}: targets", columns=columns, rows=rows)]
 
 
-def describe_environment(*, command: str, size: str, directories: dict[str, str]) -> dict[str, str]:
-    """The machine, the versions and the command, for the reader of a result. Paths are left out: only their kind."""
+def describe_environment(*, command: str, size: str, directories: dict[str, str], commit: str = "") -> dict[str, str]:
+    """The machine, the versions and the command, for the reader of a result. Paths are left out: only their kind.
+
+    ``commit`` is what a tree without git is of.
+    """
     versions = {name: _version_of(name) for name in _VERSIONS_OF}
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -160,7 +163,7 @@ def describe_environment(*, command: str, size: str, directories: dict[str, str]
         "file systems": ", ".join(f"{name}: {file_system_type(path)}" for name, path in directories.items()),
         "kernel": f"{platform.system()} {platform.release()} {platform.machine()}",
         "Python": platform.python_version(),
-        "gpudcp": f"{gpudcp.__version__} ({_commit()})",
+        "gpudcp": f"{gpudcp.__version__} ({_commit() if not commit else f'commit {commit}'})",
         **versions,
     }
 

@@ -25,6 +25,14 @@ class Sizes:
     memory_hidden: int
     memory_peers: int
     """Up to how many bytes of tensors all peers are measured; above it, stock DCP alone."""
+    device_rounds: Rounds
+    """For what takes a GPU microseconds."""
+    gpu_nbytes: int
+    gpu_rounds: Rounds
+    gpu_model_nbytes: int
+    gpu_disk_nbytes: int
+    """Of the model that is saved to the disk, where every turn takes its time."""
+    gpu_model_hidden: int
 
 
 SIZES = {
@@ -38,6 +46,12 @@ SIZES = {
         memory_nbytes=(8 * _MIB,),
         memory_hidden=128,
         memory_peers=0,
+        device_rounds=Rounds(measured=2, warm_up=1),
+        gpu_nbytes=8 * _MIB,
+        gpu_rounds=Rounds(measured=1, warm_up=0),
+        gpu_model_nbytes=8 * _MIB,
+        gpu_disk_nbytes=8 * _MIB,
+        gpu_model_hidden=128,
     ),
     "full": Sizes(
         rounds=Rounds(measured=7, warm_up=1),
@@ -49,5 +63,11 @@ SIZES = {
         memory_nbytes=(2 * _GIB, 8 * _GIB),
         memory_hidden=2048,
         memory_peers=2 * _GIB,
+        device_rounds=Rounds(measured=15, warm_up=3),
+        gpu_nbytes=2 * _GIB,
+        gpu_rounds=Rounds(measured=3, warm_up=1),
+        gpu_model_nbytes=10 * _GIB,
+        gpu_disk_nbytes=4 * _GIB,
+        gpu_model_hidden=4096,
     ),
 }

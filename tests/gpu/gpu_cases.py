@@ -170,7 +170,7 @@ def telling_values(source: torch.dtype, dest: torch.dtype) -> torch.Tensor:
     numbers = every_value(dest) if dest.itemsize <= 2 else random_bytes(80_000, seed=8).view(torch.float32)
     finite = numbers.double()
     finite = finite[finite.isfinite()].sort().values
-    limits = torch.finfo(dest)
+    limits = torch.finfo(min(source, dest, key=lambda dtype: dtype.itemsize))
     half_step = 2.0 ** math.floor(math.log2(limits.max)) * limits.eps / 2
     past = torch.tensor([limits.max + half_step * n for n in range(8)], dtype=torch.float64)
     points = torch.cat((finite, (finite[1:] + finite[:-1]) / 2, past, -past)).to(source).view(carrier)

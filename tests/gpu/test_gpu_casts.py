@@ -36,7 +36,7 @@ def test_packing_casts_by_the_rule(source: torch.dtype, dest: torch.dtype) -> No
         source_memory = on_device(values)
         boxes = run_boxes(source_memory, np.array([0]), np.array([start]), np.array([len(values)]))
         pack_cast(boxes, slab_in(memory), memory_dtype=source, file_dtype=dest)
-        found = slab_in(memory)[start : start + expected.nbytes].cpu().view(dest)
+        found = slab_in(memory)[start : start + expected.nbytes].cpu().clone().view(dest)
         assert_same_bits(found, values, expected)
 
 

@@ -28,7 +28,7 @@ def check(nbytes: int, byte_offsets: Int64s, lengths: Int64s) -> None:
     host = random_bytes(nbytes + SLAB_PADDING_NBYTES, seed=nbytes)
     memory = on_device(host)
     found = finished(crc32_ranges(memory[:nbytes], byte_offsets, lengths))
-    data = memoryview(host.numpy())
+    data = host.numpy().data
     expected = [zlib.crc32(data[start : start + n]) for start, n in zip(byte_offsets, lengths, strict=True)]
     wrong = np.flatnonzero(found != np.array(expected, np.uint32))
     assert [(int(byte_offsets[row]), int(lengths[row])) for row in wrong[:5]] == []
@@ -79,7 +79,7 @@ def test_ranges_beyond_four_gigabytes_have_zlibs_crc() -> None:
     lengths = np.array([1000, 70_001, 500_000, (1 << 31) + 12_345])
     found = finished(crc32_ranges(memory[:nbytes], starts, lengths)).tolist()
     assert found == [
-        zlib.crc32(memory[a : a + n].cpu().numpy()) for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)
+        zlib.crc32(memory[a : a + n].cpu().numpy().data) for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)
     ]
 
 
@@ -104,7 +104,7 @@ def test_a_payload_over_many_slabs_has_zlibs_crc() -> None:
             )
             add_parts(slots, memory[: end - begin + 64], parts)
     torch.cuda.synchronize()
-    assert finished(slots).tolist()[1] == zlib.crc32(payload.numpy())
+    assert finished(slots).tolist()[1] == zlib.crc32(payload.numpy().data)
 
 
 def test_patches_are_written_at_any_byte_and_nowhere_else() -> None:

@@ -37,9 +37,7 @@ def check_unpacks(
         (layout.at(expected), slab, unpack_cast_reference),
         (layout.at(result), source, unpack_cast),
     ):
-        function(
-            boxes, slab_in(from_slab), file_dtype=file_dtype, memory_dtype=memory_dtype, file_strides=file_strides
-        )
+        function(boxes, slab_in(from_slab), file_dtype=file_dtype, memory_dtype=memory_dtype, file_strides=file_strides)
     assert torch.equal(result.cpu(), expected)
     assert torch.equal(source.cpu(), slab)
 
@@ -88,7 +86,7 @@ def test_payloads_may_be_strided_too(file_dtype: torch.dtype, memory_dtype: torc
 def test_many_rows_of_any_length_are_unpacked(memory_dtype: torch.dtype, alignment: int) -> None:
     """20,000 runs in one call, some of them empty, some of them many programs long."""
     rng = np.random.default_rng(alignment)
-    numels = rng.integers(0, 3000, 20_000)
+    numels = rng.integers(0, 700, 20_000)
     numels[::5000] = 200_003
     starts = np.cumsum(numels) - numels
     padded = -(-(4 * numels + alignment - 1) // alignment) * alignment

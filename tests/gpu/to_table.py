@@ -61,4 +61,6 @@ def _hex(bits: torch.Tensor, dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        raise SystemExit("to_table.py: needs a CUDA device")
     print(json.dumps(measured(), indent=1))

@@ -1,0 +1,82 @@
+"""Run in a process of its own: save and load on a device that is nearly full, or see how much memory they take.
+
+Usage: memory_child.py full DIRECTORY MIB_LEFT cold|warm, or memory_child.py bound DIRECTORY. Prints JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from gpu_cases import DEVICE
+from gpu_states import blank, differences, load, save
+
+from gpudcp.executors.devicememory import allocate
+
+_MIB = 1 << 20
+_GRAIN_NBYTES = 2 * _MIB  # the driver hands out memory in pages of this size
+
+
+def full(directory: Path, mib_left: int, *, is_warm: bool) -> dict[str, Any]:
+    """A round trip of 96 MiB with so much device memory left. Warm: with kernels that were used before."""
+    state = {f"{n}": torch.randn((8 << 20) // 4 + n, device=DEVICE) for n in range(12)} | {"step": torch.tensor(1.0)}
+    state["cast"] = state["0"].to(torch.bfloat16)[1:]
+    places = blank(state)
+    if is_warm:
+        save(state, directory / "warm", executor="cuda", lanes=1, slab_nbytes=_MIB)
+        load(places, directory / "warm", executor="cuda", lanes=1, slab_nbytes=_MIB)
+        places = blank(state)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    ballast = []
+    while (free_nbytes := torch.cuda.mem_get_info(DEVICE)[0]) >= mib_left * _MIB + _GRAIN_NBYTES:
+        nbytes = max(_GRAIN_NBYTES, (free_nbytes - mib_left * _MIB) // 2 // _GRAIN_NBYTES * _GRAIN_NBYTES)
+        try:
+            ballast.append(allocate(nbytes, torch.device("cuda", 0)))
+        except torch.OutOfMemoryError:
+            break
+    free_nbytes = torch.cuda.mem_get_info(DEVICE)[0]
+    reports = [str(save(state, directory / "full")), str(load(places, directory / "full"))]
+    return {"free_nbytes": free_nbytes, "reports": reports, "differences": differences(state, places)}
+
+
+def bound(directory: Path) -> dict[str, Any]:
+    """How much less memory is free while 1 GiB is saved and loaded, at most; sampled, and for torch's share exact."""
+    state = {f"{n}": torch.randn(_MIB, device=DEVICE) for n in range(256)}
+    places = blank(state)
+    save(state, directory / "first", executor="cuda", lanes=1, slab_nbytes=_MIB)
+    load(places, directory / "first", executor="cuda", lanes=1, slab_nbytes=_MIB)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    free_nbytes, allocated_nbytes = torch.cuda.mem_get_info(DEVICE)[0], torch.cuda.memory_allocated()
+    least_free_nbytes, is_over = free_nbytes, threading.Event()
+
+    def watch() -> None:
+        nonlocal least_free_nbytes
+        while not is_over.wait(0.001):
+            least_free_nbytes = min(least_free_nbytes, torch.cuda.mem_get_info(DEVICE)[0])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    lanes, slab_nbytes = 3, 16 * _MIB
+    save(state, directory / "bound", executor="cuda", lanes=lanes, slab_nbytes=slab_nbytes)
+    load(places, directory / "bound", executor="cuda", lanes=lanes, slab_nbytes=slab_nbytes)
+    is_over.set()
+    watcher.join()
+    return {
+        "lanes_nbytes": lanes * slab_nbytes,
+        "taken_nbytes": free_nbytes - least_free_nbytes,
+        "torch_peak_nbytes": torch.cuda.max_memory_allocated() - allocated_nbytes,
+        "differences": differences(state, places),
+    }
+
+
+if __name__ == "__main__":
+    case, path = sys.argv[1], Path(sys.argv[2])
+    found = bound(path) if case == "bound" else full(path, int(sys.argv[3]), is_warm=sys.argv[4] == "warm")
+    print(json.dumps(found))

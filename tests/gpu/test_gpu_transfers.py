@@ -1,0 +1,133 @@
+"""Saves and loads of tensors on a GPU by the cuda executor: to and from stock, the cpu executor, and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from gpu_cases import DEVICE
+from gpu_states import EXECUTOR, bits, blank, data_files, differences, load, mixed_state, save
+
+from gpudcp.errors import CorruptCheckpointError
+from gpudcp.planners import DefaultSavePlanner
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")]
+
+RINGS = [{}, {"lanes": 2, "slab_nbytes": 64 << 10, "threads": 3}]
+"""The defaults, and slabs so small that tensors and envelopes lie across their borders."""
+
+
+@pytest.mark.parametrize("options", RINGS, ids=["defaults", "small slabs"])
+def test_tensors_come_back_as_they_were(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Every dtype and layout, with thousands of tensors of the host among those of the device."""
+    state = mixed_state()
+    places = blank(state)
+    assert save(state, tmp_path, executor=EXECUTOR, **options).executor == EXECUTOR
+    assert load(places, tmp_path, executor=EXECUTOR, **options).executor == EXECUTOR
+    assert differences(state, places) == []
+
+
+@pytest.mark.parametrize("options", RINGS, ids=["defaults", "small slabs"])
+def test_stock_torch_loads_what_was_saved(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Into tensors of the device."""
+    state = mixed_state(steps=50)
+    places = blank(state)
+    save(state, tmp_path, executor=EXECUTOR, **options)
+    dcp.load(places, checkpoint_id=tmp_path)
+    assert differences(state, places) == []
+
+
+@pytest.mark.parametrize("options", RINGS, ids=["defaults", "small slabs"])
+def test_what_stock_torch_saved_is_loaded(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Payloads at any byte, some of them strided, into boxes of other strides."""
+    state = mixed_state(steps=50)
+    dcp.save(state, checkpoint_id=tmp_path)
+    places = blank(state)
+    places["large"], places["columns"] = places["large"].t().contiguous().t(), blank(state)["large"][:, :33]
+    places["odd"] = torch.zeros(3 * state["odd"].numel(), device=DEVICE)[1::3][: state["odd"].numel()]
+    load(places, tmp_path, executor=EXECUTOR, **options)
+    assert differences(state, places) == []
+
+
+@pytest.mark.parametrize("options", RINGS, ids=["defaults", "small slabs"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64, torch.float8_e5m2], ids=str)
+def test_files_are_the_cpu_executors_byte_for_byte(
+    tmp_path: Path, options: dict[str, Any], dtype: torch.dtype | None
+) -> None:
+    """Of the same tensors on the device and of the same on the host, as they are and cast."""
+    state = mixed_state(steps=300)
+    on_host = {name: tensor.cpu() for name, tensor in state.items()}
+    slab = {"slab_nbytes": 4 << 20, **options}
+    save(state, tmp_path / "device", DefaultSavePlanner(dtype=dtype), executor=EXECUTOR, **slab)
+    save(state, tmp_path / "cpu", DefaultSavePlanner(dtype=dtype), executor="cpu", **slab)
+    save(on_host, tmp_path / "host", DefaultSavePlanner(dtype=dtype), executor="cpu", **slab)
+    files = data_files(tmp_path / "device")
+    assert files
+    assert files == data_files(tmp_path / "cpu")
+    assert files == data_files(tmp_path / "host")
+
+
+def test_a_load_casts_by_the_rule_and_leaves_the_rest_to_torch(tmp_path: Path) -> None:
+    """Floats among one another by a kernel; floats to integers by the destination's device."""
+    values = torch.randn(300, 70, device=DEVICE) * 100
+    save({"bf16": values, "int": values, "double": values}, tmp_path, executor=EXECUTOR)
+    places = {
+        "bf16": torch.zeros(300, 70, dtype=torch.bfloat16, device=DEVICE),
+        "int": torch.zeros(300, 70, dtype=torch.int32, device=DEVICE),
+        "double": torch.zeros(70, 300, dtype=torch.float64, device=DEVICE).t(),
+    }
+    load(places, tmp_path, executor=EXECUTOR)
+    for place in places.values():
+        assert torch.equal(bits(place), bits(values.to(place.dtype)))
+
+
+@pytest.mark.parametrize("slab_nbytes", [None, 64 << 10])
+def test_a_flipped_bit_is_found_by_the_device(tmp_path: Path, slab_nbytes: int | None) -> None:
+    """The error names the tensor; its CRC-32 was computed on the device when it was saved and when it is loaded."""
+    state = {"weight": torch.randn(1000, 300, device=DEVICE)}
+    save(state, tmp_path, executor=EXECUTOR, slab_nbytes=slab_nbytes)
+    (path,) = tmp_path.glob("*.distcp")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(CorruptCheckpointError, match="weight"):
+        load(blank(state), tmp_path, executor=EXECUTOR, slab_nbytes=slab_nbytes)
+
+
+def test_auto_takes_the_cuda_executor_and_says_so(tmp_path: Path) -> None:
+    """Where a tensor is on a GPU; and the cpu executor where none is."""
+    state = {"weight": torch.randn(100, device=DEVICE)}
+    assert save(state, tmp_path).executor == EXECUTOR
+    assert load(blank(state), tmp_path).executor == EXECUTOR
+    assert save({"weight": torch.zeros(3)}, tmp_path / "host").executor == "cpu"
+
+
+def test_tensors_of_two_devices_go_into_one_checkpoint(tmp_path: Path) -> None:
+    """Those of the second by way of the first."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    state = {f"on {n}": torch.randn(500, 300, device=f"cuda:{n}") for n in range(2)}
+    save(state, tmp_path, executor=EXECUTOR)
+    places = blank(state)
+    load(places, tmp_path, executor=EXECUTOR)
+    assert differences(state, places) == []
+
+
+@pytest.mark.parametrize("files", ["posix", "kvikio", pytest.param("gds", marks=pytest.mark.gds)])
+def test_every_way_to_the_files_holds_the_same_bytes(tmp_path: Path, files: str) -> None:
+    """KvikIO's compat mode, GPUDirect Storage, or pinned slabs and POSIX; each must be there to be tried."""
+    from gpudcp.files.gds import unavailable_reason
+
+    if files != "posix" and (why := unavailable_reason(files)) is not None:  # type: ignore[arg-type]
+        pytest.skip(why)
+    state = mixed_state(steps=300)
+    places = blank(state)
+    print(save(state, tmp_path, executor=EXECUTOR, files=files, slab_nbytes=1 << 20))
+    print(load(places, tmp_path, executor=EXECUTOR, files=files, slab_nbytes=1 << 20))
+    assert differences(state, places) == []
+    again = blank(state)
+    dcp.load(again, checkpoint_id=tmp_path)
+    assert differences(state, again) == []

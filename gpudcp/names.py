@@ -53,9 +53,19 @@ class Names:
         return _known_names, (self.digest, self.packed)
 
     @classmethod
-    def unpacked(cls, packed: bytes) -> Names:
-        """What `packed` gave."""
-        fqns, nested = json.loads(zlib.decompress(packed).decode("utf-8", "surrogatepass"))
+    def unpacked(cls, packed: bytes, *, most_nbytes: int | None = None) -> Names:
+        """What `packed` gave.
+
+        Raises:
+            ValueError: it is longer than ``most_nbytes``, or no JSON.
+            zlib.error: it is not compressed.
+        """
+        # 0 is no limit.
+        stream = zlib.decompressobj()
+        data = stream.decompress(packed, most_nbytes or 0)
+        if not stream.eof:
+            raise ValueError(f"names of more than {most_nbytes} bytes in {len(packed)}, or cut ones")
+        fqns, nested = json.loads(data.decode("utf-8", "surrogatepass"))
         paths = None
         if nested is not None:
             paths = {fqn: (fqn,) for fqn in fqns} | {fqn: tuple(path) for fqn, path in nested.items()}

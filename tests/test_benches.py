@@ -19,7 +19,7 @@ from bench.results import Suite
 from gpudcp.files.tune import file_system_type, supports_direct_io
 
 ROOT = Path(__file__).parents[1]
-SUITES = ("small-tensors", "llm", "slices", "memory", "joins", "planning")
+SUITES = ("small-tensors", "llm", "slices", "memory", "joins", "planning", "verify")
 
 
 @pytest.fixture(scope="module")

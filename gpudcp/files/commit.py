@@ -17,7 +17,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import ClassVar
+from typing import BinaryIO, ClassVar
 
 from gpudcp.errors import CheckpointBusyError, TransferError
 from gpudcp.files.posix import fsync_directory
@@ -80,7 +80,7 @@ def replace_file(directory: str, name: str, parts: Iterable[bytes | memoryview],
     temporary = path + TEMPORARY_SUFFIX
     with _os_errors_named(path):
         try:
-            with open(temporary, "wb") as file:
+            with _new_file(temporary) as file:
                 file.writelines(parts)
                 file.flush()
                 if fsync:
@@ -92,6 +92,15 @@ def replace_file(directory: str, name: str, parts: Iterable[bytes | memoryview],
             raise
         if fsync:
             fsync_directory(directory)
+
+
+def _new_file(path: str) -> BinaryIO:
+    try:
+        return open(path, "xb")
+    except FileExistsError:
+        # What a dead save left; or a link, through which a file elsewhere would be written.
+        os.unlink(path)
+        return open(path, "xb")
 
 
 def metadata_names(directory: str) -> list[str]:

@@ -20,6 +20,7 @@ from gpudcp.boxes import extent_of_box
 from gpudcp.errors import CorruptCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import DTYPES_BY_STORAGE_NAME, QUANTIZED_DTYPES, is_savable
+from gpudcp.formats.opcodes import check_opcodes
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _DIRECTORY_ENTRY = struct.Struct("<4s6xH4xIIIHHH8xI")
@@ -29,6 +30,11 @@ _END_ZIP64_LOCATOR = struct.Struct("<4s4xQ4x")
 _MARKER_32 = 0xFFFFFFFF
 # The largest tail that is read at once to find the directory: seven records, as torch writes, take under 700 bytes.
 _TAIL_NBYTES = 1024
+# One tensor's description takes some hundred bytes, with 64 dimensions a thousand. Parsed ones are kept by their bytes.
+_MOST_DESCRIPTION_NBYTES = 16 << 10
+MOST_INFLATION = 64
+"""How many times their archive's length compressed records may have in all. torch.save compresses none; what others
+have compressed is read, a bomb is not."""
 
 ReadAt = Callable[[int, int], "bytes | memoryview"]
 """``read_at(byte_offset, nbytes)``: exactly these bytes of the file."""
@@ -72,6 +78,55 @@ def read_stored_tensor(read_at: ReadAt, *, byte_offset: int, nbytes: int, path: 
         ) from None
 
 
+class ArchiveRecord(NamedTuple):
+    """One record of a torch-save archive: where its bytes lie in the file, and what they should be."""
+
+    name: str
+    byte_offset: int
+    nbytes: int
+    """0 for a compressed one: it is not looked into."""
+    crc32: int | None
+    """None: written without checksums, or compressed."""
+
+
+def read_records(
+    read_at: ReadAt, *, byte_offset: int, nbytes: int, path: str, fqn: str
+) -> tuple[ArchiveRecord, ...] | None:
+    """Every record of the item at ``[byte_offset, byte_offset + nbytes)``, as the archive's directory lists them.
+
+    Returns None for bytes that neither begin nor end as an archive does.
+
+    Raises:
+        CorruptCheckpointError: the archive contradicts itself.
+    """
+    try:
+        records = _read_directory(read_at, byte_offset, nbytes)
+        return tuple(
+            ArchiveRecord(
+                name,
+                _data_offset(read_at, byte_offset, nbytes, record),
+                record.nbytes,
+                record.crc32 if record.crc32 or not record.nbytes else None,
+            )
+            if record.is_stored
+            else ArchiveRecord(name, byte_offset + record.entry_offset, 0, None)
+            for name, record in records.items()
+        )
+    except (_Malformed, struct.error, UnicodeDecodeError) as err:
+        if not _looks_like_an_archive(read_at, byte_offset, nbytes):
+            return None
+        raise CorruptCheckpointError(
+            f"{path}: {fqn}: no torch-save archive at byte {byte_offset}, length {nbytes}: {err}", path=path, fqn=fqn
+        ) from None
+
+
+def _looks_like_an_archive(read_at: ReadAt, byte_offset: int, nbytes: int) -> bool:
+    if nbytes < _END.size:
+        return False
+    end = byte_offset + nbytes - _END.size
+    return bytes(read_at(byte_offset, 4)) == b"PK\x03\x04" or bytes(read_at(end, 4)) == b"PK\x05\x06"
+
+
 def check_records(read_at: ReadAt, *, byte_offset: int, nbytes: int, path: str, fqn: str) -> None:
     """Check every record of a torch-save archive that has a checksum: torch.load checks none.
 
@@ -81,22 +136,31 @@ def check_records(read_at: ReadAt, *, byte_offset: int, nbytes: int, path: str, 
         CorruptCheckpointError: a record's CRC-32 is not the one in the archive's directory.
     """
     try:
-        records = _read_directory(read_at, byte_offset, nbytes)
-        starts = {name: _data_offset(read_at, byte_offset, nbytes, record) for name, record in records.items()}
-    except (_Malformed, struct.error, UnicodeDecodeError):
+        records = read_records(read_at, byte_offset=byte_offset, nbytes=nbytes, path=path, fqn=fqn)
+    except CorruptCheckpointError:
         return
-    for name, record in records.items():
-        if record.crc32 == 0 or not record.is_stored:
-            continue
-        if (found := crc32(read_at(starts[name], record.nbytes))) != record.crc32:
+    for name, start, record_nbytes, expected in records or ():
+        if expected is not None and (found := crc32(read_at(start, record_nbytes))) != expected:
             raise CorruptCheckpointError(
-                f"{path}: {fqn}: the {record.nbytes} bytes of {name} at {starts[name]} have CRC-32 {found:#010x}, "
-                f"{record.crc32:#010x} was saved",
+                f"{path}: {fqn}: the {record_nbytes} bytes of {name} at {start} have CRC-32 {found:#010x}, "
+                f"{expected:#010x} was saved",
                 path=path,
                 fqn=fqn,
-                expected_crc32=record.crc32,
+                expected_crc32=expected,
                 found_crc32=found,
             )
+
+
+def check_record_sizes(data: memoryview) -> None:
+    """That the records of an archive are no larger, in all, than an archive of this length can hold.
+
+    Raises:
+        ValueError: they are, or this is no archive.
+    """
+    try:
+        _read_directory(lambda start, nbytes: data[start : start + nbytes], 0, len(data))
+    except (_Malformed, struct.error, UnicodeDecodeError) as err:
+        raise ValueError(f"no torch-save archive of {len(data)} bytes: {err}") from None
 
 
 class _Malformed(Exception):
@@ -126,7 +190,11 @@ def _read_stored_tensor(read_at: ReadAt, byte_offset: int, nbytes: int) -> Store
         return bytes(read_at(_data_offset(read_at, byte_offset, nbytes, record), record.nbytes))
 
     payload, order = records.get(f"{root}/data/0"), records.get(f"{root}/byteorder")
-    if payload is None or not all(record is None or record.is_stored for record in (pickled, payload, order)):
+    if (
+        payload is None
+        or pickled.nbytes > _MOST_DESCRIPTION_NBYTES
+        or not all(record is None or record.is_stored for record in (pickled, payload, order))
+    ):
         return None
     if order is not None and content(order) != sys.byteorder.encode():
         return None
@@ -168,7 +236,13 @@ def _read_directory(read_at: ReadAt, byte_offset: int, nbytes: int) -> dict[str,
     if directory_offset + directory_nbytes > nbytes:
         raise _Malformed(f"a directory of {directory_nbytes} bytes at byte {directory_offset} of {nbytes}")
     directory = bytes(read_at(byte_offset + directory_offset, directory_nbytes))
-    return _parse_directory(directory, nrecords)
+    records = _parse_directory(directory, nrecords)
+    # One stretch of bytes under a thousand names would be read a thousand times.
+    if (stored_nbytes := sum(record.nbytes for record in records.values() if record.is_stored)) > nbytes:
+        raise _Malformed(f"records of {stored_nbytes} bytes in all overlap in an archive of {nbytes}")
+    if (total_nbytes := sum(record.nbytes for record in records.values())) > MOST_INFLATION * nbytes:
+        raise _Malformed(f"records of {total_nbytes} bytes in all, compressed into an archive of {nbytes}")
+    return records
 
 
 def _parse_directory(directory: bytes, nrecords: int) -> dict[str, _Record]:
@@ -189,6 +263,8 @@ def _parse_directory(directory: bytes, nrecords: int) -> dict[str, _Record]:
             extra = directory[extra_start : extra_start + extra_nbytes]
             nbytes, packed, entry_offset = _zip64_values(extra, nbytes, packed, entry_offset)
         name = directory[name_start:extra_start].decode()
+        if name in records:  # readers would not agree on which of the two to take
+            raise _Malformed(f"two records are called {name!r}")
         records[name] = _Record(crc, nbytes, entry_offset, method == 0 and packed == nbytes)
     if not records:
         raise _Malformed("an empty directory")
@@ -255,7 +331,9 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
-            return _rebuild_tensor_v2 if name.endswith("v2") else _rebuild_tensor_v3
+            # What a pickle names it can give attributes; to this one it cannot.
+            maker: Any = _rebuild_tensor_v2 if name.endswith("v2") else _rebuild_tensor_v3
+            return maker.__call__
         if (module, name) == ("torch.storage", "UntypedStorage"):
             return _Storage(None)
         if module == "torch" and name in DTYPES_BY_STORAGE_NAME:
@@ -269,6 +347,7 @@ class _Unpickler(pickle.Unpickler):
 @lru_cache(maxsize=4096)
 def _unpickle_tensor(data: bytes) -> StoredTensor | None:
     try:
+        check_opcodes(data)
         described = _Unpickler(io.BytesIO(data)).load()
     except _NotOneTensor:
         return None

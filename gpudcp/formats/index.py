@@ -29,6 +29,10 @@ SUFFIX = ".index"
 LEAST_ROWS = 1000
 """A pickle with fewer chunks is read in some 10 ms: not worth a second file."""
 
+MOST_INFLATION = 64
+"""How many times the index's length its names may have, unpacked, beyond 1 MiB. Those of layers: some ten times."""
+
+_LEAST_NAMES_NBYTES = 1 << 20
 _FORMAT = "gpudcp index 1"
 _HEADER = "gpudcp"
 _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_format, torch.channels_last_3d)
@@ -113,7 +117,7 @@ def _decoded(data: bytes, path: str, nbytes: int, crc: int) -> ColumnMetadata | 
             expected_crc32=expected,
             found_crc32=found,
         )
-    names = Names.unpacked(arrays["names"].tobytes())
+    names = Names.unpacked(arrays["names"].tobytes(), most_nbytes=_LEAST_NAMES_NBYTES + MOST_INFLATION * len(data))
     columns = CheckpointColumns(
         names=names,
         first_rows=arrays["first_rows"].astype(np.int64),
@@ -208,7 +212,11 @@ def _check(columns: CheckpointColumns, numbers: dict[str, Int64], header: dict[s
         (columns.sizes, 0, 1 << 62),
     )
     is_sound = (
-        len(first_rows) == entries + 1 == len(columns.property_ids) + 1 == len(columns.ndims) + 1
+        entries == len(columns.numbers)
+        and all(type(fqn) is str for fqn in columns.names.fqns)
+        # No row is as good as a row, for a table that is sized by the number of its boxes.
+        and len(columns.boxes) <= max(rows, 1)
+        and len(first_rows) == entries + 1 == len(columns.property_ids) + 1 == len(columns.ndims) + 1
         and columns.sizes.shape == (entries, dims)
         and columns.boxes.shape[1:] == (2, dims)
         and first_rows[0] == 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import pickletools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -35,6 +36,13 @@ class RefusedError(Exception):
         )
         self.refused = refused
         self.reason = reason
+
+
+class UnmeasuredError(RefusedError):
+    """A pickle asks for memory or time out of all proportion to its length."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, f"{path} is called with {reason}, for which an honest pickle has no use")
 
 
 def refused_opcode(name: str) -> RefusedError:
@@ -73,6 +81,10 @@ class _Inert:
     """Any object outside NumPy: whatever it is made from and given, it cannot hurt."""
 
 
+class _Range(_Inert):
+    """A range: small, until something is made of all its numbers."""
+
+
 class Inspector:
     """Runs a pickle over stand-ins, with the opcodes of torch's weights-only unpickler: imports and calls nothing.
 
@@ -82,7 +94,8 @@ class Inspector:
     called by the pickle directly or not at all: they lie in no container, in no state, and in no arguments but NumPy's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, nbytes: int) -> None:
+        self._nbytes = nbytes
         self._stack: list[Any] = []
         self._outer_stacks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
@@ -126,15 +139,19 @@ class Inspector:
                 self._fill(self._unmark()[-1], stack)
             case "REDUCE":
                 arguments = stack.pop()
+                _check_measure(stack[-1], arguments, self._nbytes)
                 stack[-1] = _called(stack[-1], arguments)
             case "NEWOBJ":
-                _check_data(stack.pop(), stack[-1])
+                arguments = stack.pop()
+                _check_data(arguments, stack[-1])
+                _check_measure(stack[-1], arguments, self._nbytes)
                 stack[-1] = _Inert()
             case "BUILD":
                 state = stack.pop()
                 self._set_state(stack[-1], state)
             case "BINPERSID":
                 _check_data(stack[-1])
+                _check_storage(stack[-1], self._nbytes)
                 stack[-1] = _Inert()
             case "STOP":
                 _check_data(stack[-1])
@@ -185,6 +202,50 @@ def _refuse(kind: str, reason: str) -> NoReturn:
     raise RefusedError(f"NumPy {kind}", f"it has a NumPy {kind} that NumPy does not write: {reason}")
 
 
+def is_measured(path: str) -> bool:
+    """Whether a call of this global can take memory or time that its arguments alone do not show."""
+    return path in _MEASURED or _TENSOR_CLASS.fullmatch(path) is not None
+
+
+def _check_measure(maker: object, arguments: Any, nbytes: int) -> None:
+    """That a call in a pickle of an item of ``nbytes`` bytes makes nothing out of proportion to it.
+
+    Raises:
+        UnmeasuredError: it does.
+    """
+    if not isinstance(maker, _Global) or not isinstance(arguments, tuple):
+        return
+    path = maker.path.replace("__builtin__", "builtins")
+    if any(isinstance(argument, _Range) for argument in arguments):
+        raise UnmeasuredError(path, "a range")
+    if path == "torch._tensor._rebuild_from_type_v2":  # calls its first argument with its third
+        _check_measure(arguments[0], arguments[2], nbytes)
+    elif _TENSOR_CLASS.fullmatch(path):
+        raise UnmeasuredError(path, "arguments")
+    elif path.endswith((".bytearray", ".bytes")) and any(type(argument) is int for argument in arguments):
+        raise UnmeasuredError(path, "an integer")
+    elif path == "fractions.Fraction" and not all(_is_plain_number(argument) for argument in arguments):
+        raise UnmeasuredError(path, "an exponent")  # 1e999999999 has as many digits
+    elif path == "_codecs.encode" and arguments[1:] not in ((), ("latin1",)):
+        raise UnmeasuredError(path, "another encoding than latin1")
+    elif path == "torch._utils._rebuild_qtensor" and math.prod(arguments[2]) > 8 * nbytes:
+        raise UnmeasuredError(path, f"sizes of {math.prod(arguments[2])} elements in an item of {nbytes} bytes")
+
+
+def _is_plain_number(argument: object) -> bool:
+    return type(argument) is int or (type(argument) is str and "e" not in argument.lower())
+
+
+def _check_storage(pid: Any, nbytes: int) -> None:
+    """That the storage of a persistent id, which torch makes before it reads it, is no longer than the item.
+
+    Raises:
+        UnmeasuredError: it is.
+    """
+    if isinstance(pid, tuple) and len(pid) > 4 and not (type(pid[4]) is int and 0 <= pid[4] <= nbytes):
+        raise UnmeasuredError("torch.storage.TypedStorage", f"{pid[4]} elements in an item of {nbytes} bytes")
+
+
 def _called(maker: object, arguments: Any) -> object:
     """What stands for the result of a call."""
     if not isinstance(maker, _Global):
@@ -200,7 +261,7 @@ def _called(maker: object, arguments: Any) -> object:
         if arguments != ():
             raise RefusedError("builtins.bytes", "builtins.bytes is called with an argument")
         return b""
-    return _Inert()
+    return _Range() if maker.path in ("builtins.range", "__builtin__.xrange") else _Inert()
 
 
 class _Dtype:
@@ -333,3 +394,16 @@ _NUMPY_CALLS: dict[str, Callable[..., object]] = {
     "numpy.random._pickle.__randomstate_ctor": _Random,
     SEED_MAKER: _Seed,
 }
+# The classes of tensors and storages, which allocate what a number says. Nothing that torch saves calls them.
+_TENSOR_CLASS = re.compile(r"torch\.([a-z_.]*\.)?[A-Za-z]*(Tensor|Storage|Parameter)")
+_MEASURED = frozenset(
+    {
+        *("torch._tensor._rebuild_from_type_v2", "torch._utils._rebuild_qtensor", "fractions.Fraction"),
+        *(
+            f"{home}.{name}"
+            for home in ("builtins", "__builtin__")
+            for name in ("bytearray", "bytes", "range", "xrange")
+        ),
+        *("_codecs.encode", "__builtin__.xrange"),
+    }
+)

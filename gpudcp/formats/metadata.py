@@ -1,5 +1,7 @@
 """`.metadata`: a pickled torch Metadata, then a trailer that pickle ignores. Read without running any code.
 
+What reading it takes is bounded by its length: see `gpudcp.formats.opcodes`.
+
 Trailer: 8 bytes magic, the pickle's length as 8 bytes little-endian, its CRC-32 as 4. Stock files have none.
 """
 
@@ -21,6 +23,7 @@ from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import dtype_name
 from gpudcp.formats.emit import emit_metadata
+from gpudcp.formats.opcodes import check_opcodes
 from gpudcp.records import ItemRecords
 from gpudcp.views import ColumnMetadata
 
@@ -120,6 +123,9 @@ def decode_metadata(data: bytes, *, path: str, trust_pickle: bool) -> Metadata:
     file = io.BytesIO(data)
     try:
         with collector_paused():
+            if not trust_pickle:
+                # With a trailer too: it tells damage, and anybody can write a right one.
+                check_opcodes(data)
             unpickler = pickle.Unpickler if trust_pickle else _Unpickler
             metadata: Any = unpickler(file).load()
     except UnsafeCheckpointError as refused:

@@ -4,7 +4,8 @@ torch's weights-only unpickler loads them. It takes too little (no NumPy, dates,
 harmless types for the time of a load. And of NumPy, which trusts its pickles, it checks too little: so a pickle that
 needs the list is run over stand-ins first, and every NumPy object in it must look as NumPy itself writes it.
 
-No bound on memory or time: a hostile file can waste both, as it can with torch's own list (``bytearray(10**12)``).
+Memory and time are in proportion to the item's length, for pickles of up to 64 MiB: opcodes are checked first, and
+calls that make much of little (``bytearray(10**12)``, which torch's own list allows) are refused.
 """
 
 from __future__ import annotations
@@ -31,18 +32,24 @@ import numpy as np
 import torch
 
 from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
+from gpudcp.formats.archive import check_record_sizes
 from gpudcp.formats.inspection import (
     BIT_GENERATORS,
     SEED_MAKER,
     Inspector,
     RefusedError,
+    UnmeasuredError,
     in_a_line,
+    is_measured,
     path_of,
     refused_opcode,
 )
+from gpudcp.formats.opcodes import check_opcodes
 
 # Longer integers take an opcode, LONG4, that the weights-only unpickler does not know.
 _MAX_INTEGER_BITS = 8 * 255 - 1
+# The format before torch 1.6: a magic number, a version, the system, the object, the keys of the storages.
+_LEGACY_PICKLES = 5
 # torch keeps one list for the whole process, and adding to it is not atomic.
 _REGISTRATION = threading.RLock()
 
@@ -159,6 +166,7 @@ class _LoadablePickle:
 
 def _load_harmless(data: io.BytesIO, *, map_location: str) -> object:
     """torch.load with ``weights_only=True``, and with our list where torch's and the user's do not suffice."""
+    _check_measures(data)
     # Held from the start: a load that met what another thread registered would take NumPy's objects uninspected.
     with _REGISTRATION:
         try:
@@ -170,7 +178,7 @@ def _load_harmless(data: io.BytesIO, *, map_location: str) -> object:
                 raise RefusedError("TorchScript archive", "it is a TorchScript archive, a program") from None
             raise
         unlisted = _unlisted_globals(data, refusal)
-        Inspector().run(_pickle_bytes(data))
+        Inspector(nbytes=len(data.getbuffer())).run(_pickle_bytes(data))
         harmless = _harmless_globals()
         lent = [(_Lent(harmless[path]) if path.startswith("numpy.") else harmless[path], path) for path in unlisted]
         # These must be listed to be given a state. Under a name with a line break, which no GLOBAL opcode can say.
@@ -181,6 +189,33 @@ def _load_harmless(data: io.BytesIO, *, map_location: str) -> object:
                 return _load_weights_only(data, map_location)
         except pickle.UnpicklingError as error:
             raise _explained(error, data) from None
+
+
+def _check_measures(data: io.BytesIO) -> None:
+    """That loading takes memory and time in proportion to the length of ``data``.
+
+    Raises:
+        UnmeasuredError: a call in it does not.
+        ValueError: an opcode or a record in it does not.
+    """
+    nbytes = len(data.getbuffer())
+    if is_archive := _is_archive(data):
+        check_record_sizes(data.getbuffer())
+    rest = _pickle_bytes(data)
+    for _ in range(1 if is_archive else _LEGACY_PICKLES):
+        seen = check_opcodes(rest, may_be_cyclic=True)
+        if seen is None:
+            return
+        if any(map(is_measured, seen.names)):
+            try:
+                Inspector(nbytes=nbytes).run(rest)
+            except UnmeasuredError:
+                raise
+            # torch stops where the inspector does, and has the better reason.
+            except Exception:
+                return
+        if not (rest := rest[seen.end :]):
+            return
 
 
 def _load_weights_only(data: io.BytesIO, map_location: str) -> object:
@@ -258,8 +293,12 @@ def _explained(error: pickle.UnpicklingError, data: io.BytesIO) -> Exception:
     return RefusedError("pickle", in_a_line(error))
 
 
+def _is_archive(data: io.BytesIO) -> bool:
+    return bytes(data.getbuffer()[:4]) == b"PK\x03\x04"
+
+
 def _pickle_bytes(data: io.BytesIO) -> bytes:
-    if data.getvalue()[:4] != b"PK\x03\x04":
+    if not _is_archive(data):
         return data.getvalue()
     data.seek(0)
     # The reader of torch.load: another could find another record in an archive made to deceive.

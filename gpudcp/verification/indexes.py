@@ -1,0 +1,79 @@
+"""Whether an index is sound, and says what its ``.metadata`` says. Opens no file."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+
+from gpudcp._dcp import item_extras
+from gpudcp.errors import CorruptCheckpointError
+from gpudcp.formats.index import decode_index
+from gpudcp.verification.report import Problem
+from gpudcp.views import ColumnMetadata
+
+Identity = tuple[int, int]
+"""Length and CRC-32 of a pickle: what binds an index to its ``.metadata``."""
+
+
+def read_index(data: bytes, *, path: str) -> tuple[ColumnMetadata, Identity]:
+    """An index by itself, and the identity of the metadata that it is of.
+
+    Raises:
+        CorruptCheckpointError: it is damaged, be it by one bit that changes nothing.
+    """
+    header = _header(data, path)
+    try:
+        identity = int(header["metadata_nbytes"]), int(header["metadata_crc32"])
+    except (KeyError, TypeError, ValueError) as err:
+        raise CorruptCheckpointError(f"{path}: no readable index: {type(err).__name__}: {err}", path=path) from err
+    indexed = decode_index(data, path=path, nbytes=identity[0], crc=identity[1])
+    if indexed is None:
+        raise CorruptCheckpointError(f"{path}: an index of a format that this gpudcp does not know", path=path)
+    return indexed, identity
+
+
+def _header(data: bytes, path: str) -> dict[str, Any]:
+    """The index's own header, inside that of the safetensors file.
+
+    The index's checksum covers what its headers say, not how: JSON can say the same in other bytes, with a space or
+    another escape. These were written in one way, so a bit that makes it another way is damage.
+    """
+    try:
+        nbytes = int.from_bytes(data[:8], "little")
+        text = data[8 : 8 + nbytes].decode()
+        outer: Any = json.loads(text)
+        inner = outer["__metadata__"]["gpudcp"]
+        header: Any = json.loads(inner)
+    # Arbitrary bytes make a parser, and who takes its word, raise almost anything.
+    except Exception as err:
+        raise CorruptCheckpointError(f"{path}: no readable index: {type(err).__name__}: {err}", path=path) from err
+    compact = json.dumps(outer, separators=(",", ":"), ensure_ascii=False)
+    if text.rstrip(" ") != compact or json.dumps(header) != inner:
+        raise CorruptCheckpointError(f"{path}: the header's JSON is not spelled as an index's is", path=path)
+    return dict(header)
+
+
+def index_problems(indexed: ColumnMetadata, metadata: Metadata, *, file: str) -> list[Problem]:
+    """Every item of which the index says something else than the metadata."""
+    own, found = indexed.plain(), metadata
+    differing: set[str] = set()
+    for fqn in own.state_dict_metadata.keys() | found.state_dict_metadata.keys():
+        if own.state_dict_metadata.get(fqn) != found.state_dict_metadata.get(fqn):
+            differing.add(fqn)
+    own_records, records = own.storage_data or {}, found.storage_data or {}
+    for index in own_records.keys() | records.keys():
+        one, other = own_records.get(index), records.get(index)
+        # Records are equal whatever their extras.
+        if one is None or one != other or item_extras(one) != item_extras(other):
+            differing.add(index.fqn)
+    problems = [
+        Problem(kind="index", fqn=fqn, file=file, expected="what the metadata says", found="something else")
+        for fqn in sorted(differing)
+    ]
+    for name in ("planner_data", "storage_meta", "version"):
+        one, other = getattr(own, name), getattr(found, name)
+        if one != other:
+            problems.append(Problem(kind="index", file=file, expected=f"the metadata's {name}", found="another"))
+    return problems

@@ -72,9 +72,9 @@ def cut_into_slabs(file: SaveFilePlan, *, slab_nbytes: int) -> Iterator[SlabCont
                 parts.append(PayloadPart(extent.row, *numels, start - begin))
             else:
                 data = memoryview(extent.data)[from_start : stop - extent.start]
-                places = tuple(
-                    offset - from_start for offset in extent.crc_offsets if -4 < offset - from_start < len(data)
-                )
+                places = extent.crc_offsets
+                if len(data) < len(extent.data):
+                    places = tuple(offset - from_start for offset in places if -4 < offset - from_start < len(data))
                 literals.append(Literal(start - begin, data, extent.row if places else NO_ROW, places))
             if extent.stop > end:
                 break

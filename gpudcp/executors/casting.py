@@ -16,7 +16,7 @@ def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
     if into.dtype == source.dtype:
         return
     nan = CANONICAL_NANS.get(into.dtype)
-    if nan is None or source.dtype not in CANONICAL_NANS:
+    if nan is None or source.dtype not in CANONICAL_NANS or into.is_neg():  # a negated NaN has no bits of its own
         return
     is_nan = source.isnan()
     if bool(is_nan.any()):

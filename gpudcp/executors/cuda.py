@@ -6,6 +6,7 @@ the same ring backwards. Where the device has no room for a slab, the cpu execut
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,8 @@ from gpudcp.files.base import DeviceFileReader, DeviceFileWriter, FileReader, Fi
 from gpudcp.formats.checksum import crc32
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
+
+_logger = logging.getLogger("gpudcp")
 
 
 class DeviceExecutor:
@@ -56,6 +59,14 @@ class DeviceExecutor:
         self._has_checksum = has_checksum
         self._fallback = fallback
 
+    def _taken_over(self, what: str) -> Executor:
+        """The fallback, which is from now on what a report names."""
+        self.name, self.checksum = self._fallback.name, self._fallback.checksum
+        _logger.warning(
+            "%s: no room on %s for slabs: the %s executor takes over", what, self._device.torch_device, self.name
+        )
+        return self._fallback
+
     def save(
         self,
         plan: SaveChunkPlan,
@@ -70,9 +81,9 @@ class DeviceExecutor:
                     acquired(self._device, self._lanes, slab_nbytes=self.slab_nbytes, least_nbytes=least)
                 )
             if not lanes:
-                return self._fallback.save(plan, source, open_file, stopwatch)
+                return self._taken_over("save").save(plan, source, open_file, stopwatch)
             writers = [stack.enter_context(open_file(file)) for file in plan.files]
-            pool = ThreadPoolExecutor(self._threads, "gpudcp-write")
+            pool = ThreadPoolExecutor(self._threads, "gpudcp-write", initializer=self._device.bind_thread)
             stack.callback(pool.shutdown, cancel_futures=True)
             packers = [SlabPacker(file, source, self._device, has_checksum=self._has_checksum) for file in plan.files]
             slab_nbytes = lanes[0].slab_nbytes
@@ -106,9 +117,9 @@ class DeviceExecutor:
                     acquired(self._device, self._lanes, slab_nbytes=plan.slab_nbytes, least_nbytes=plan.slab_nbytes)
                 )
             if not lanes:
-                self._fallback.load(plan, target, open_file, stopwatch)
+                self._taken_over("load").load(plan, target, open_file, stopwatch)
                 return
-            pool = ThreadPoolExecutor(self._threads, "gpudcp-read")
+            pool = ThreadPoolExecutor(self._threads, "gpudcp-read", initializer=self._device.bind_thread)
             stack.callback(pool.shutdown, cancel_futures=True)
             _Load(plan, target, lanes, stopwatch).run(pool, open_file)
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     """Flat uint8 on a CUDA device, on a multiple of 4096, freed with the last tensor that shares it.
@@ -19,16 +21,18 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     Raises:
         torch.OutOfMemoryError: the driver has no room.
     """
-    driver = _driver()
+    driver, alignment = _driver(), SLAB_ALIGNMENT_NBYTES
     address = ctypes.c_uint64()
     with torch.cuda.device(device):
         torch.cuda.mem_get_info(device)  # makes the device's context this thread's
-        result = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(nbytes))
+        # Memory of less than a megabyte or two the driver aligns to 512 bytes only.
+        result = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(nbytes + alignment))
     if result != 0:
         raise torch.OutOfMemoryError(f"{device}: cuMemAlloc of {nbytes} bytes: CUDA driver error {result}")
-    memory = _Memory(address.value, nbytes)
+    memory = _Memory(address.value, nbytes + alignment)
     weakref.finalize(memory, _free, address.value, device).atexit = False  # the driver may be gone by then
-    return torch.as_tensor(memory, device=device)
+    first = -address.value % alignment
+    return torch.as_tensor(memory, device=device)[first : first + nbytes]
 
 
 def _free(address: int, device: torch.device) -> None:

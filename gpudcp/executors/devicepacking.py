@@ -177,9 +177,13 @@ class SlabPacker:
             return self._packed
 
     def _scatter(self, lane: Lane, staged: list[tuple[int, memoryview]]) -> None:
-        data = torch.frombuffer(bytearray().join(memory for _, memory in staged), dtype=torch.uint8)
-        on_device = lane.device.on_device(data)
-        lane.kept += (data, on_device)
+        # The host slab has nothing to hold before this stream copies the filled slab into it.
+        end = 0
+        for _, memory in staged:
+            begin, end = end, end + len(memory)
+            lane.host.view[begin:end] = memory
+        on_device = lane.device.on_device(lane.host.tensor[:end])
+        lane.kept.append(on_device)
         lengths = np.array([len(memory) for _, memory in staged], dtype=np.int64)
         table = BoxTable.of_runs(
             on_device.data_ptr() + np.cumsum(lengths) - lengths,

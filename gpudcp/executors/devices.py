@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -53,12 +54,15 @@ class Device(Protocol):
         """Host memory that the device copies to and from while the host goes on."""
 
     def on_device(self, data: torch.Tensor) -> torch.Tensor:
-        """A copy of flat host bytes, made by the current stream."""
+        """A copy of bytes of a host slab, made by the current stream: they stay as they are meanwhile."""
 
     def on_host(self, data: torch.Tensor) -> torch.Tensor:
         """A copy of device bytes, made by the current stream: there when that has come so far."""
 
     def new_stream(self) -> Stream: ...
+
+    def bind_thread(self) -> None:
+        """Make the device the calling thread's own, a new one's, which waits for its events and moves its memory."""
 
 
 class CudaDevice:
@@ -74,17 +78,21 @@ class CudaDevice:
         return allocate(nbytes, self.torch_device)
 
     def new_host_slab(self, nbytes: int) -> HostSlab:
-        return HostSlab(nbytes, is_pinned=True)
+        with torch.cuda.device(self.torch_device):
+            return HostSlab(nbytes, is_pinned=True)
 
     def on_device(self, data: torch.Tensor) -> torch.Tensor:
-        # From pinned memory of torch's host allocator, which keeps it until the copy is done.
-        return data.pin_memory().to(self.torch_device, non_blocking=True)
+        return data.to(self.torch_device, non_blocking=True)
 
     def on_host(self, data: torch.Tensor) -> torch.Tensor:
         return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data, non_blocking=True)
 
     def new_stream(self) -> Stream:
         return _CudaStream(self.torch_device)
+
+    def bind_thread(self) -> None:
+        # The first call of a thread, such as waiting for an event, else makes a context on device 0, whoever owns that.
+        torch.cuda.set_device(self.torch_device)
 
 
 class _CudaStream:
@@ -130,10 +138,17 @@ class InterpretedDevice:
     def new_stream(self) -> Stream:
         return _HostStream()
 
+    def bind_thread(self) -> None:
+        pass
+
+
+_interpreter = threading.RLock()
+"""Triton's interpreter is one for the process: transfers of several threads take turns."""
+
 
 class _HostStream:
     def current(self) -> AbstractContextManager[Any]:
-        return nullcontext()
+        return _interpreter
 
     def wait_for_caller(self) -> None:
         pass

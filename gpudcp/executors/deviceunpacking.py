@@ -12,6 +12,7 @@ from gpudcp_kernels.unpack import unpack_cast
 
 from gpudcp.chunkplan.load import ChunkRead, SlabRead
 from gpudcp.executors.boxtables import BoxTable
+from gpudcp.executors.casting import copy_cast
 from gpudcp.executors.devices import Device
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits
@@ -34,11 +35,24 @@ def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: in
     base = MARGIN_NBYTES + first_byte - read.byte_offset
     by_kernel = [pair for pair in pairs if _is_for_kernel(lane.device, *pair)]
     others = [pair for pair in pairs if not _is_for_kernel(lane.device, *pair)]
-    addresses = [box.data_ptr() for _, box in by_kernel]
-    for group in [by_kernel] if len(set(addresses)) == len(addresses) else [[pair] for pair in by_kernel]:
+    for group in _apart(by_kernel):
         _unpack_by_kernel(lane, group, base)
     for chunk, box in others:
         _unpack_by_torch(lane, chunk, box, base)
+
+
+def _apart(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
+    """The pairs, in order, in as few groups as leave no two boxes of one address in a group."""
+    groups: list[list[_Pair]] = [[]]
+    addresses: set[int] = set()
+    for pair in pairs:
+        address = pair[1].data_ptr()
+        if address in addresses:
+            groups.append([])
+            addresses.clear()
+        addresses.add(address)
+        groups[-1].append(pair)
+    return groups
 
 
 def _is_for_kernel(device: Device, chunk: ChunkRead, box: torch.Tensor) -> bool:
@@ -67,4 +81,4 @@ def _unpack_by_torch(lane: Lane, chunk: ChunkRead, box: torch.Tensor, base: int)
     start = base + chunk.byte_offset
     packed = lane.memory[start : start + chunk.nbytes].clone()  # a typed view must start on an element
     box, dtype = as_bits(box, chunk.dtype)
-    box.copy_(packed.view(dtype).as_strided(chunk.lengths, chunk.strides))
+    copy_cast(box, packed.view(dtype).as_strided(chunk.lengths, chunk.strides))

@@ -30,8 +30,9 @@ class Lane:
     def __init__(self, device: Device, slab_nbytes: int) -> None:
         self.device = device
         self.slab_nbytes = slab_nbytes
-        self.memory = device.new_slab(slab_nbytes + 2 * MARGIN_NBYTES)
-        """The device slab, from `MARGIN_NBYTES` on, and its margins."""
+        self.memory = device.new_slab(slab_nbytes + 3 * MARGIN_NBYTES)
+        """The device slab, from `MARGIN_NBYTES` on, and its margins: one before it, one for reads that begin within a
+        block, one for what kernels read beyond the end."""
         self.host = device.new_host_slab(slab_nbytes + MARGIN_NBYTES)
         self.stream = device.new_stream()
         self.event: Event | None = None
@@ -110,4 +111,5 @@ def _settle(lane: Lane) -> None:
         if not lane.future.cancelled():
             lane.future.exception()
     lane.future = None
+    lane.event = lane.stream.record()  # also of what an error kept from being recorded
     lane.wait()

@@ -1,0 +1,615 @@
+"""The device executor beyond what all executors do: two kinds of memory, device files, order, a full device."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from executor_fakes import Call, Entry, Files, MemoryBackend, Source, Target, naive_file, random_tensor, save_of
+from executor_rings import _interpreted
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpudcp.boxes import row_major_strides
+from gpudcp.chunkplan.load import LoadChunkPlan, PayloadCheck, ReadRequest, plan_load
+from gpudcp.chunkplan.save import ChunkWrite, SaveFilePlan
+from gpudcp.errors import CorruptCheckpointError, TransferError
+from gpudcp.executors import deviceunpacking
+from gpudcp.executors import lanes as lanes_of_process
+from gpudcp.executors.cpu import CpuExecutor
+from gpudcp.executors.cuda import DeviceExecutor
+from gpudcp.executors.devices import Device, Event, InterpretedDevice, Stream
+from gpudcp.executors.slabs import HostSlab
+from gpudcp.files.base import FileReader, FileWriter
+from gpudcp.formats.checksum import crc32
+from gpudcp.report import Stopwatch
+
+MIB = 1 << 20
+
+
+class MixedDevice(InterpretedDevice):
+    """Host memory, but tensors on an odd multiple of 16 bytes are not the device's."""
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.data_ptr() // 16 % 2 == 0
+
+
+def placed(tensor: torch.Tensor, *, is_on_device: bool) -> torch.Tensor:
+    """A copy, as `MixedDevice` sees it on the device or on the host."""
+    memory = torch.zeros(tensor.nbytes + 64, dtype=torch.uint8)
+    first = -memory.data_ptr() % 32 + (0 if is_on_device else 16)
+    return memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def executor_of(device: Device, *, slab_nbytes: int = 8192, lanes: int = 2, threads: int = 2) -> DeviceExecutor:
+    """A device executor whose fallback is the cpu executor."""
+    fallback = CpuExecutor(lanes=lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=True)
+    return DeviceExecutor(
+        device,
+        name="interpret",
+        lanes=lanes,
+        threads=threads,
+        slab_nbytes=slab_nbytes,
+        has_checksum=True,
+        fallback=fallback,
+    )
+
+
+class DeviceFiles(MemoryBackend):
+    """Files that take device memory too, and refuse what KvikIO would."""
+
+    def __init__(self) -> None:
+        super().__init__(alignment_nbytes=4096)
+        self.moved: list[Call] = []
+
+    def create(self, file: SaveFilePlan) -> FileWriter:
+        writer: Any = super().create(file)
+
+        def write_device(tensor: torch.Tensor, byte_offset: int) -> None:
+            assert tensor.dtype == torch.uint8
+            self.moved.append(Call("write", file.path, byte_offset, tensor.nbytes, tensor.data_ptr()))
+            writer.write(memoryview(tensor.numpy()), byte_offset)
+
+        writer.write_device = write_device
+        return writer  # type: ignore[no-any-return]
+
+    def open(self, path: str) -> FileReader:
+        reader: Any = super().open(path)
+
+        def read_device(into: torch.Tensor, byte_offset: int) -> None:
+            assert into.data_ptr() % 4096 == byte_offset % 4096 == 0
+            self.moved.append(Call("read", path, byte_offset, into.nbytes, into.data_ptr()))
+            reader.read(memoryview(into.numpy()), byte_offset)
+
+        reader.nbytes = len(self.content(path))
+        reader.read_device = read_device
+        return reader  # type: ignore[no-any-return]
+
+
+def saved_by(executor: DeviceExecutor, entries: Sequence[Entry], backend: MemoryBackend) -> Source:
+    """Save, and compare with the naive reference."""
+    plan, source = save_of(entries, slab_nbytes=executor.slab_nbytes)
+    receipts = executor.save(plan, source, backend.create, Stopwatch())
+    expected, crcs = naive_file(plan.files[0], source)
+    assert backend.content("file") == expected
+    assert receipts[0].crcs == crcs
+    return source
+
+
+def load_plan_of(entries: Sequence[torch.Tensor], *, slab_nbytes: int) -> LoadChunkPlan:
+    """Reads all tensors of `save_of`'s file whole, each checked."""
+    plan, _ = save_of(entries, slab_nbytes=slab_nbytes)
+    requests, checks = [], []
+    for write in plan.files[0].writes:
+        assert isinstance(write, ChunkWrite)
+        sizes = tuple(write.sizes)
+        requests.append(
+            ReadRequest(
+                write.position,
+                "file",
+                write.payload_offset,
+                write.dtype,
+                row_major_strides(sizes),
+                0,
+                (0,) * len(sizes),
+                sizes,
+            )
+        )
+        data = entries[write.position].contiguous().view(-1).view(torch.uint8).numpy()
+        checks.append(
+            PayloadCheck("file", write.payload_offset, data.nbytes, crc32(memoryview(data)), f"item.{write.position}")
+        )
+    return plan_load(requests, checks, slab_nbytes=slab_nbytes, gap_nbytes=4096)
+
+
+def put_file(backend: MemoryBackend, entries: Sequence[Entry]) -> None:
+    """The file that a save of the entries makes, by the naive reference."""
+    plan, source = save_of(entries, slab_nbytes=4096)
+    backend.put("file", naive_file(plan.files[0], source)[0])
+
+
+# --- host and device memory in one slab ------------------------------------------------------------------------------
+
+kinds = st.tuples(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.uint8]), st.integers(0, 3000), st.booleans(), st.booleans()
+)
+
+
+@given(
+    wanted=st.lists(st.one_of(st.binary(max_size=3000), kinds), min_size=1, max_size=6),
+    blocks=st.integers(1, 4),
+    lanes=st.integers(1, 3),
+)
+@settings(deadline=None, max_examples=12)
+def test_any_mixture_is_the_cpu_executors_file(wanted: list[Any], blocks: int, lanes: int) -> None:
+    """Host tensors, device tensors, casts and objects, in slabs of any length."""
+    entries: list[Entry] = []
+    for each in wanted:
+        if isinstance(each, bytes):
+            entries.append(each)
+            continue
+        dtype, numel, is_on_device, is_cast = each
+        tensor = placed(random_tensor(numel, dtype=dtype), is_on_device=is_on_device)
+        entries.append((tensor, torch.bfloat16) if is_cast and dtype == torch.float32 else tensor)
+    plan, _ = save_of(entries, slab_nbytes=4096 * blocks)
+    if not plan.files:
+        return
+    files, receipts = [], []
+    for executor in (
+        executor_of(MixedDevice(), slab_nbytes=4096 * blocks, lanes=lanes),
+        CpuExecutor(lanes=2, threads=2, slab_nbytes=8192, has_checksum=True),
+    ):
+        backend = MemoryBackend()
+        own_plan, source = save_of(entries, slab_nbytes=executor.slab_nbytes)
+        receipts.append(executor.save(own_plan, source, backend.create, Stopwatch()))
+        files.append(backend.content("file"))
+    assert files[0] == files[1]
+    assert receipts[0] == receipts[1]
+
+
+def test_a_slab_of_host_memory_alone_is_never_on_the_device() -> None:
+    """Nothing is launched for it, and its memory takes no way over the device."""
+
+    class Untouchable(MixedDevice):
+        def on_device(self, data: torch.Tensor) -> torch.Tensor:
+            raise AssertionError(f"{data.nbytes} bytes on the device")
+
+    saved_by(executor_of(Untouchable()), [placed(random_tensor(3000), is_on_device=False), b"object"], MemoryBackend())
+
+
+@pytest.mark.parametrize("has_device_files", [False, True])
+def test_host_and_device_destinations_share_a_read(has_device_files: bool) -> None:
+    """Each gets its bytes, cast or not, and each payload is checked."""
+    entries = [random_tensor(n, dtype=torch.int32) for n in (100, 1500, 700, 5)]
+    backend = DeviceFiles() if has_device_files else MemoryBackend()
+    put_file(backend, entries)
+    plan = load_plan_of(entries, slab_nbytes=8192)
+    empty = [
+        torch.zeros(each.shape, dtype=torch.int64 if n % 3 == 0 else torch.int32) for n, each in enumerate(entries)
+    ]
+    target = Target({n: placed(each, is_on_device=n % 2 == 0) for n, each in enumerate(empty)})
+    executor_of(MixedDevice()).load(plan, target, backend.open, Stopwatch())
+    for n, entry in enumerate(entries):
+        assert target.destinations[n].tolist() == entry.tolist()
+    assert sorted(target.positions("commit")) == [0, 1, 2, 3]
+
+
+def test_a_source_that_reuses_its_memory_is_copied_before_it_is_asked_again() -> None:
+    """For host and device memory alike."""
+
+    class Reusing(Source):
+        def resolve(self, position: int) -> torch.Tensor:
+            first = position % 2 * 16 + -buffer.data_ptr() % 32
+            view = buffer[first : first + 4000].view(torch.float32)
+            return view.copy_(super().resolve(position))
+
+    buffer = torch.zeros(4096, dtype=torch.uint8)
+    entries: list[Entry] = [random_tensor(1000, seed=n) for n in range(4)]
+    plan, source = save_of(entries, slab_nbytes=8192)
+    backend = MemoryBackend()
+    reusing = Reusing(source.tensors, keeps_memory=False)
+    executor_of(MixedDevice()).save(plan, reusing, backend.create, Stopwatch())
+    assert backend.content("file") == naive_file(plan.files[0], source)[0]
+
+
+def test_tied_destinations_take_what_comes_last_and_cost_one_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the cpu executor; the others of the slab still go together."""
+    launches: list[int] = []
+    inner = deviceunpacking._unpack_by_kernel
+    monkeypatch.setattr(
+        deviceunpacking,
+        "_unpack_by_kernel",
+        lambda lane, pairs, base: (launches.append(len(list(pairs))), inner(lane, pairs, base)),
+    )
+    entries = [random_tensor(50, seed=n) for n in range(5)]
+    backend = MemoryBackend()
+    put_file(backend, entries)
+    tied = torch.zeros(50)
+    target = Target({0: torch.zeros(50), 1: tied, 2: torch.zeros(50), 3: tied, 4: torch.zeros(50)})
+    executor_of(InterpretedDevice()).load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
+    assert launches == [3, 2]
+    assert torch.equal(tied.view(torch.int32), entries[3].view(torch.int32))
+
+
+def test_a_nan_is_cast_into_a_negative_view() -> None:
+    """What kernels do not write goes by the same rule through torch."""
+    entries = [torch.tensor([1.5, torch.nan], dtype=torch.bfloat16)]
+    backend = MemoryBackend()
+    put_file(backend, entries)
+    negative = torch.zeros(2, dtype=torch.complex64).conj().imag
+    target = Target({0: negative})
+    executor_of(InterpretedDevice()).load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
+    assert negative[0] == 1.5
+    assert bool(negative[1].isnan())
+
+
+def test_what_the_host_packs_comes_from_a_lanes_own_pinned_memory() -> None:
+    """One copy for a slab, of what is already pinned: nothing else is allocated for it."""
+
+    class Counting(MixedDevice):
+        def __init__(self) -> None:
+            self.slabs: list[HostSlab] = []
+            self.copied: list[torch.Tensor] = []
+
+        def new_host_slab(self, nbytes: int) -> HostSlab:
+            self.slabs.append(super().new_host_slab(nbytes))
+            return self.slabs[-1]
+
+        def on_device(self, data: torch.Tensor) -> torch.Tensor:
+            self.copied.append(data)
+            return super().on_device(data)
+
+    device = Counting()
+    entries: list[Entry] = [placed(random_tensor(900), is_on_device=n % 2 == 0) for n in range(4)]
+    saved_by(executor_of(device), entries, MemoryBackend())
+    assert len(device.copied) == 2, "one for each slab that is not the host's alone, as the third is"
+    for data in device.copied:
+        assert any(slab.address <= data.data_ptr() < slab.address + slab.nbytes for slab in device.slabs)
+
+
+# --- files that take device memory ------------------------------------------------------------------------------------
+
+
+def test_device_files_get_whole_blocks_of_device_memory_and_the_right_bytes() -> None:
+    """Address, offset and length: the last slab of the file too, whose rest is cut off."""
+    backend = DeviceFiles()
+    saved_by(executor_of(InterpretedDevice()), [random_tensor(5000), random_tensor(77), b"object"], backend)
+    assert backend.moved
+    for call in backend.moved:
+        assert call.byte_offset % 4096 == call.nbytes % 4096 == call.address % 4096 == 0
+
+
+@pytest.mark.parametrize("before", [0, 1, 17, 4095])
+def test_a_read_as_long_as_a_slab_from_any_byte_of_a_device_file(before: int) -> None:
+    """Whole blocks are read, so the slab holds up to a block more than the read is long."""
+    data = random_tensor(2 * 8192, dtype=torch.uint8)
+    backend = DeviceFiles()
+    backend.put("file", bytes(before) + data.numpy().tobytes() + b"after")
+    request = ReadRequest(0, "file", before, torch.uint8, (1,), 0, (0,), (data.numel(),))
+    check = PayloadCheck("file", before, data.nbytes, crc32(memoryview(data.numpy())), "item")
+    plan = plan_load([request], [check], slab_nbytes=8192, gap_nbytes=0)
+    assert {read.nbytes for read in plan.reads} == {8192}
+    target = Target({0: torch.zeros_like(data)})
+    executor_of(InterpretedDevice()).load(plan, target, backend.open, Stopwatch())
+    assert torch.equal(target.destinations[0], data)
+    assert {call.kind for call in backend.moved} == {"read"}
+
+
+# --- a device that is full --------------------------------------------------------------------------------------------
+
+
+class FullDevice(InterpretedDevice):
+    """Has room for slabs of up to so many bytes, margins included."""
+
+    def __init__(self, most_nbytes: int) -> None:
+        self.most_nbytes = most_nbytes
+
+    def new_slab(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.most_nbytes:
+            raise torch.OutOfMemoryError("full")
+        return super().new_slab(nbytes)
+
+
+@pytest.fixture(autouse=True)
+def _no_lanes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_of_process, "_free", {})
+
+
+def test_on_a_full_device_slabs_are_halved_and_the_file_is_the_same() -> None:
+    """The plan's slabs were larger: what is written does not depend on it."""
+    executor = executor_of(FullDevice(MIB + 5 * 4096), slab_nbytes=4 * MIB)
+    files = Files(MemoryBackend())
+    entries: list[Entry] = [random_tensor(600_000, dtype=torch.uint8), random_tensor(700_000, dtype=torch.uint8)]
+    plan, source = save_of(entries, slab_nbytes=4 * MIB)
+    executor.save(plan, source, files.open_writer, Stopwatch())
+    assert files.content("file") == naive_file(plan.files[0], source)[0]
+    assert max(call.nbytes for call in files.calls_of("write")) == MIB
+    assert executor.name == "interpret"
+
+
+def test_without_room_the_fallback_takes_over_and_a_report_can_say_so() -> None:
+    """For a save and for a load: same bytes, and the names of who did it."""
+    entries = [random_tensor(3000), random_tensor(10)]
+    backend = MemoryBackend()
+    executor = executor_of(FullDevice(0))
+    saved_by(executor, entries, backend)
+    assert (executor.name, executor.checksum) == ("cpu", CpuExecutor.checksum)
+    executor = executor_of(FullDevice(0))
+    target = Target({n: torch.zeros(each.shape) for n, each in enumerate(entries)})
+    executor.load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
+    assert (executor.name, executor.checksum) == ("cpu", CpuExecutor.checksum)
+    assert [target.committed[n] for n in (0, 1)] == [each.numpy().tobytes() for each in entries]
+
+
+# --- order on streams -------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """What happened, in order, on all threads."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, ...]] = []
+        self._guard = threading.Lock()
+
+    def add(self, *entry: Any) -> None:
+        with self._guard:
+            self.entries.append(entry)
+
+    def of(self, stream: int) -> list[tuple[Any, ...]]:
+        return [entry for entry in self.entries if entry[1] == stream]
+
+
+class LoggedEvent:
+    def __init__(self, log: Log, stream: int, number: int) -> None:
+        self._log, self.key = log, (stream, number)
+
+    def synchronize(self) -> None:
+        self._log.add("synchronize", *self.key, threading.current_thread().name)
+
+
+class LoggedStream:
+    def __init__(self, log: Log, number: int, inner: Stream) -> None:
+        self._log, self._number, self._inner, self._nevents = log, number, inner, 0
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        self._log.add("begin", self._number)
+        with self._inner.current():
+            yield
+        self._log.add("end", self._number)
+
+    def wait_for_caller(self) -> None:
+        self._log.add("wait for caller", self._number)
+
+    def wait_for(self, event: Event) -> None:
+        assert isinstance(event, LoggedEvent)
+        self._log.add("wait for", self._number, event.key)
+
+    def record(self) -> Event:
+        self._nevents += 1
+        self._log.add("record", self._number, (self._number, self._nevents))
+        return LoggedEvent(self._log, self._number, self._nevents)
+
+
+class LoggedDevice(InterpretedDevice):
+    """Each stream logs what it is told, and each thread that is bound."""
+
+    def __init__(self) -> None:
+        self.log = Log()
+        self._nstreams = 0
+
+    def new_stream(self) -> Stream:
+        self._nstreams += 1
+        return LoggedStream(self.log, self._nstreams, super().new_stream())
+
+    def bind_thread(self) -> None:
+        self.log.add("bind", 0, threading.current_thread().name)
+
+
+def test_packing_waits_for_the_caller_and_writing_for_the_copy() -> None:
+    """Caller, then the slab before it, then work, then its end; the pool waits for that before it writes."""
+    device = LoggedDevice()
+    saved_by(executor_of(device, lanes=2), [random_tensor(5000)], MemoryBackend())
+    turns = [entry for entry in device.log.entries if entry[0] in ("wait for caller", "wait for", "begin", "record")]
+    # Three slabs in turn: packed on lanes 1, 2, 1, each after the packing before it, then copied to the host.
+    first, second, third = ((1, 1), (2, 1), (1, 3))
+    assert turns[:14] == [
+        *[("wait for caller", 1), ("begin", 1), ("record", 1, first), ("begin", 1), ("record", 1, (1, 2))],
+        *[("wait for caller", 2), ("wait for", 2, first), ("begin", 2), ("record", 2, second)],
+        *[("begin", 2), ("record", 2, (2, 2))],
+        *[("wait for caller", 1), ("wait for", 1, second), ("begin", 1)],
+    ]
+    assert ("record", 1, third) in turns
+    waited = {entry[1:3] for entry in device.log.entries if entry[0] == "synchronize" and "gpudcp-write" in entry[3]}
+    assert {(1, 2), (2, 2), (1, 4)} <= waited, "each copy's end, by the thread that writes"
+
+
+def test_a_lane_is_not_filled_again_before_its_write_and_its_events_have_ended() -> None:
+    """Whichever thread is the slower one."""
+    device = LoggedDevice()
+    files = Files(MemoryBackend())
+    files.on_call = lambda call: device.log.add("write", 0, call.byte_offset) if call.kind == "write" else None
+    plan, source = save_of([random_tensor(9000)], slab_nbytes=8192)
+    executor_of(device, lanes=1).save(plan, source, files.open_writer, Stopwatch())
+    events = [entry for entry in device.log.entries if entry[0] in ("write", "wait for caller")]
+    assert [entry[0] for entry in events] == ["wait for caller", "write"] * (len(events) // 2)
+    assert files.content("file") == naive_file(plan.files[0], source)[0]
+
+
+def test_unpacking_waits_for_the_caller_and_for_the_read_before_it() -> None:
+    """And items are committed when the host has waited for the end of their unpacking."""
+    device = LoggedDevice()
+    entries = [random_tensor(2000, seed=n) for n in range(3)]
+    backend = MemoryBackend()
+    put_file(backend, entries)
+    target = Target({n: torch.zeros(2000) for n in range(3)})
+    target.on_event = lambda kind, position: device.log.add(kind, 0, position)
+    executor_of(device).load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
+    streams = [entry[1] for entry in device.log.entries if entry[0] == "wait for caller"]
+    assert len(streams) == 3
+    records = [entry for entry in device.log.entries if entry[0] == "record"][:3]
+    waits = [entry for entry in device.log.entries if entry[0] == "wait for"]
+    assert [entry[2] for entry in waits] == [entry[2] for entry in records[:2]]
+    for position, record in enumerate(records):
+        synchronized = next(
+            n for n, e in enumerate(device.log.entries) if e[0] == "synchronize" and e[1:3] == record[2]
+        )
+        assert synchronized < device.log.entries.index(("commit", 0, position))
+        resolved = device.log.entries.index(("resolve", 0, position))
+        assert resolved < [n for n, e in enumerate(device.log.entries) if e[0] == "wait for caller"][position]
+
+
+def test_threads_that_wait_for_events_are_bound_to_the_device() -> None:
+    """Else the first of their calls makes a context on device 0."""
+    device = LoggedDevice()
+    backend = MemoryBackend()
+    saved_by(executor_of(device), [random_tensor(5000)], backend)
+    bound = {entry[2] for entry in device.log.entries if entry[0] == "bind"}
+    waiting = {entry[3] for entry in device.log.entries if entry[0] == "synchronize" and "gpudcp" in entry[3]}
+    assert waiting
+    assert waiting <= bound
+
+
+# --- errors, and what they leave --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["source", "file", "device"])
+def test_a_save_that_fails_leaves_its_lanes_usable_and_idle(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first error is raised, all that streams were given has ended, and the next save is right."""
+    device, files = LoggedDevice(), Files(MemoryBackend())
+    executor = executor_of(device)
+    entries: list[Entry] = [random_tensor(3000), random_tensor(3000)]
+    plan, source = save_of(entries, slab_nbytes=8192)
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError(place)
+
+    with monkeypatch.context() as patch:
+        if place == "source":
+            del source.tensors[1]
+        elif place == "file":
+            files.on_call = lambda call: fail() if call.kind == "write" and call.byte_offset else None
+        else:
+            patch.setattr("gpudcp.executors.devicepacking.write_patches", fail)
+        with pytest.raises(KeyError if place == "source" else ValueError):
+            executor.save(plan, source, files.open_writer, Stopwatch())
+    assert files.running == files.nopen == 0
+    assert files.names() == []
+    check_idle(device)
+    files.on_call = lambda _: None
+    saved_by(executor, entries, MemoryBackend())
+    assert device._nstreams == 2, "the same lanes"
+
+
+@pytest.mark.parametrize("place", ["target", "file", "device", "checksum"])
+def test_a_load_that_fails_leaves_its_lanes_usable_and_idle(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may still be writing into a destination when the caller hears of it."""
+    device, files = LoggedDevice(), Files(MemoryBackend())
+    executor = executor_of(device)
+    entries = [random_tensor(1800, seed=n) for n in range(4)]
+    plan, source = save_of(entries, slab_nbytes=8192)
+    content = bytearray(naive_file(plan.files[0], source)[0])
+    files.put("file", bytes(content))
+    load_plan = load_plan_of(entries, slab_nbytes=8192)
+    target = Target({n: torch.zeros(1800) for n in range(4)})
+
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError(place)
+
+    with monkeypatch.context() as patch:
+        if place == "target":
+            target.on_event = lambda kind, position: fail() if (kind, position) == ("resolve", 2) else None
+        elif place == "file":
+            last = load_plan.reads[-1].byte_offset
+            files.on_call = lambda call: fail() if call.kind == "read" and call.byte_offset == last else None
+        elif place == "device":
+            patch.setattr("gpudcp.executors.cuda.unpack", fail)
+        else:
+            content[load_plan.checks[1].payload_offset] ^= 1
+            files.put("file", bytes(content))
+        with pytest.raises(CorruptCheckpointError if place == "checksum" else ValueError):
+            executor.load(load_plan, target, files.open_reader, Stopwatch())
+    assert files.running == 0
+    assert 3 not in target.committed
+    check_idle(device)
+    files.on_call = lambda _: None
+    put_file(files, entries)  # type: ignore[arg-type]
+    again = Target({n: torch.zeros(1800) for n in range(4)})
+    executor.load(load_plan, again, files.open_reader, Stopwatch())
+    assert [again.committed[n] for n in range(4)] == [each.numpy().tobytes() for each in entries]
+    assert device._nstreams == 2, "the same lanes"
+
+
+def check_idle(device: LoggedDevice) -> None:
+    """On every stream the last thing begun was recorded after it, and waited for."""
+    for stream in range(1, device._nstreams + 1):
+        log = device.log.of(stream)
+        begun = max((n for n, entry in enumerate(log) if entry[0] == "begin"), default=-1)
+        recorded = [n for n, entry in enumerate(log) if entry[0] == "record" and n > begun]
+        assert recorded, "the end of the last work"
+        key = log[recorded[-1]][2]
+        assert [entry for entry in log[recorded[-1] :] if entry[0] == "synchronize" and entry[1:3] == key]
+    for lanes in lanes_of_process._free.values():
+        assert all(lane.event is lane.future is None and not lane.kept for lane in lanes)
+
+
+def test_transfers_of_several_threads_do_not_disturb_each_other() -> None:
+    """They have lanes of their own, and take turns with what there is one of."""
+    entries = [[random_tensor(2000, seed=n), random_tensor(300, seed=n)] for n in range(3)]
+    executor = _interpreted(lanes=2, threads=2, slab_nbytes=8192, has_checksum=True)
+
+    def transfer(own: list[torch.Tensor]) -> None:
+        backend = MemoryBackend()
+        saved_by(executor, own, backend)  # type: ignore[arg-type]
+        target = Target({n: torch.zeros(each.shape) for n, each in enumerate(own)})
+        executor.load(load_plan_of(own, slab_nbytes=8192), target, backend.open, Stopwatch())
+        assert [target.committed[n] for n in range(2)] == [each.numpy().tobytes() for each in own]
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(transfer, entries))
+    assert [len(kept) for kept in lanes_of_process._free.values()] == [2]
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_only_the_tensors_of_the_ring_are_alive_at_once() -> None:
+    """A planner that makes its tensors when asked does not have them all in memory."""
+    alive: list[int] = []
+    made: list[weakref.ref[Any]] = []
+
+    class Making(Source):
+        def resolve(self, position: int) -> torch.Tensor:
+            memory = super().resolve(position).numpy().copy()
+            tensor = torch.from_numpy(memory)  # keeps the array, through whatever views are made of it
+            made.append(weakref.ref(memory))
+            del memory
+            alive.append(sum(each() is not None for each in made))
+            return tensor
+
+    shared = random_tensor(1500)
+    plan, source = save_of([shared] * 12, slab_nbytes=8192)
+    backend = MemoryBackend()
+    executor_of(InterpretedDevice()).save(plan, Making(source.tensors), backend.create, Stopwatch())
+    assert backend.content("file") == naive_file(plan.files[0], source)[0]
+    assert max(alive) <= 6, "of 12: those of two slabs in flight and the one that is packed"
+
+
+def test_a_short_file_is_a_transfer_error() -> None:
+    """From device files as from others."""
+    entries = [random_tensor(3000)]
+    backend = DeviceFiles()
+    put_file(backend, entries)
+    backend.put("file", backend.content("file")[:5000])
+    target = Target({0: torch.zeros(3000)})
+    with pytest.raises(TransferError):
+        executor_of(InterpretedDevice()).load(
+            load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch()
+        )
+    assert not target.committed

@@ -1,0 +1,205 @@
+"""Lanes: taken, bounded, given back, and never with anything in flight."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from gpudcp_kernels.tables import SLAB_PADDING_NBYTES
+
+from gpudcp.executors import lanes as lanes_of_process
+from gpudcp.executors.devices import Event, InterpretedDevice
+from gpudcp.executors.lanes import MARGIN_NBYTES, Lane, acquired
+
+MIB = 1 << 20
+
+
+class RecordingEvent:
+    """Remembers that somebody waited."""
+
+    def __init__(self) -> None:
+        self.is_passed = False
+
+    def synchronize(self) -> None:
+        self.is_passed = True
+
+
+class RecordingStream:
+    """Remembers the events that it gave."""
+
+    def __init__(self) -> None:
+        self.events: list[RecordingEvent] = []
+
+    def current(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def wait_for_caller(self) -> None:
+        pass
+
+    def wait_for(self, event: Event) -> None:
+        pass
+
+    def record(self) -> Event:
+        self.events.append(RecordingEvent())
+        return self.events[-1]
+
+
+class SmallDevice(InterpretedDevice):
+    """A device with room for so many bytes of slabs."""
+
+    def __init__(self, room_nbytes: int = 1 << 40) -> None:
+        self.room_nbytes = room_nbytes
+        self.made: list[int] = []
+
+    def new_slab(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.room_nbytes:
+            raise torch.OutOfMemoryError("no room")
+        self.room_nbytes -= nbytes
+        self.made.append(nbytes)
+        return super().new_slab(nbytes)
+
+    def new_stream(self) -> RecordingStream:
+        return RecordingStream()
+
+
+@pytest.fixture(autouse=True)
+def _no_lanes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lanes_of_process, "_free", {})
+
+
+def test_lanes_are_kept_for_the_next_transfer() -> None:
+    """The second one allocates nothing."""
+    device = SmallDevice()
+    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192) as first:
+        assert len({id(lane) for lane in first}) == 3
+    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192) as second:
+        assert {id(lane) for lane in second} == {id(lane) for lane in first}
+    assert len(device.made) == 3
+
+
+def test_transfers_at_once_have_lanes_of_their_own_and_only_those_of_one_are_kept() -> None:
+    """Memory that is kept does not grow with the most that ever ran at once."""
+    device = SmallDevice()
+    with ExitStack() as stack:
+        taken = [
+            lane
+            for _ in range(3)
+            for lane in stack.enter_context(acquired(device, 2, slab_nbytes=8192, least_nbytes=8192))
+        ]
+        assert len({id(lane) for lane in taken}) == 6
+        assert len({lane.memory.data_ptr() for lane in taken}) == 6
+    assert [len(kept) for kept in lanes_of_process._free.values()] == [2]
+
+
+def test_threads_never_share_a_lane() -> None:
+    """Many transfers, taking and giving back as they please."""
+    device, in_use, guard = InterpretedDevice(), set(), threading.Lock()
+
+    def transfer(_: int) -> None:
+        with acquired(device, 2, slab_nbytes=4096, least_nbytes=4096) as own:
+            with guard:
+                assert not in_use & set(map(id, own))
+                in_use.update(map(id, own))
+            with guard:
+                in_use.difference_update(map(id, own))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(transfer, range(200)))
+
+
+def test_without_room_slabs_are_halved() -> None:
+    """All lanes of a transfer have slabs of one size; there may be fewer of them."""
+    with acquired(SmallDevice(5 * MIB), 4, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
+        assert {lane.slab_nbytes for lane in taken} == {4 * MIB}
+        assert len(taken) == 1
+
+
+def test_without_room_for_the_least_there_are_no_lanes() -> None:
+    """And nothing was allocated on the way."""
+    device = SmallDevice(MIB)
+    with acquired(device, 4, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
+        assert not taken
+    assert device.made == []
+
+
+def test_lanes_of_another_size_make_room() -> None:
+    """What is kept from a transfer with larger slabs is not kept beside the new ones."""
+    device = SmallDevice()
+    with acquired(device, 2, slab_nbytes=MIB, least_nbytes=MIB):
+        pass
+    with acquired(device, 2, slab_nbytes=8192, least_nbytes=8192):
+        assert not lanes_of_process._free
+    assert {lane.slab_nbytes for kept in lanes_of_process._free.values() for lane in kept} == {8192}
+
+
+def test_an_error_of_the_device_other_than_no_room_is_raised() -> None:
+    """It is no reason to make slabs smaller."""
+
+    class BrokenDevice(InterpretedDevice):
+        def new_slab(self, nbytes: int) -> torch.Tensor:
+            raise RuntimeError(f"sticky, {nbytes}")
+
+    with pytest.raises(RuntimeError, match="sticky"), acquired(BrokenDevice(), 1, slab_nbytes=4096, least_nbytes=4096):
+        pass
+
+
+def test_leaving_waits_for_all_that_streams_were_given() -> None:
+    """Also for work whose end nobody recorded: it reads and writes memory of the caller."""
+    device = SmallDevice()
+    with acquired(device, 2, slab_nbytes=4096, least_nbytes=4096) as taken:
+        taken[0].kept.append(torch.zeros(1))
+    for lane in taken:
+        assert isinstance(lane.stream, RecordingStream)
+        assert lane.stream.events, "the end of the stream's work"
+        assert lane.stream.events[-1].is_passed
+        assert lane.event is lane.future is None
+        assert not lane.kept
+
+
+@pytest.mark.parametrize("state", ["waiting", "done", "failed", "cancelled"])
+def test_io_of_any_state_is_settled_on_leaving(state: str) -> None:
+    """Nothing that it did is raised: an error has ended the transfer, and its cause is known already."""
+    device, future = SmallDevice(), Future()
+    if state == "done":
+        future.set_result(None)
+    if state == "failed":
+        future.set_exception(OSError("second"))
+    if state == "cancelled":
+        future.cancel()
+    with acquired(device, 1, slab_nbytes=4096, least_nbytes=4096) as taken:
+        taken[0].future = future
+    assert future.done()
+    with acquired(device, 1, slab_nbytes=4096, least_nbytes=4096) as again:
+        assert again[0] is taken[0]
+
+
+def test_waiting_gives_what_the_io_did_and_lets_go() -> None:
+    """Its result, or its error; in both cases the device was waited for and nothing is kept alive."""
+    lane = Lane(SmallDevice(), 4096)
+    for error in (None, OSError("disk")):
+        event = RecordingEvent()
+        lane.future, lane.event = Future(), event
+        lane.kept.append(torch.zeros(1))
+        if error is None:
+            lane.future.set_result(7)
+            assert lane.wait() == 7
+        else:
+            lane.future.set_exception(error)
+            with pytest.raises(OSError, match="disk"):
+                lane.wait()
+        assert event.is_passed
+        assert not lane.kept
+        assert lane.wait() is None
+
+
+def test_a_slab_is_on_a_block_and_has_room_for_the_longest_read_from_within_a_block() -> None:
+    """And for what kernels read beyond its end."""
+    lane = Lane(InterpretedDevice(), 8192)
+    longest = lane.slab(MARGIN_NBYTES - 1 + 8192)
+    assert longest.data_ptr() % 4096 == 0
+    after = lane.memory.data_ptr() + lane.memory.nbytes - longest.data_ptr() - longest.nbytes
+    assert after >= MARGIN_NBYTES >= SLAB_PADDING_NBYTES

@@ -20,6 +20,10 @@ SLAB_ALIGNMENT_NBYTES = 4096
 """Every slab starts and ends on a multiple of this, the page and the strictest block size in use."""
 
 
+MOST_SLAB_NBYTES = 1 << 30
+"""Linux moves at most 2 GiB in one call, and kernels count a slab's elements with 32 bits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """How bytes move. Memory taken by a transfer is ``lanes * slab_nbytes``, whatever the model's size.
@@ -64,6 +68,8 @@ class Options:
         for name in ("fsync", "checksum", "trust_pickle"):
             if not isinstance(value := getattr(self, name), bool):
                 raise PlanError(f"Options({name}={value!r}): must be True or False")
+        if self.slab_nbytes is not None and self.slab_nbytes > MOST_SLAB_NBYTES:
+            raise PlanError(f"Options(slab_nbytes={self.slab_nbytes}): must be at most {MOST_SLAB_NBYTES}")
         if self.slab_nbytes is not None and self.slab_nbytes % SLAB_ALIGNMENT_NBYTES:
             raise PlanError(f"Options(slab_nbytes={self.slab_nbytes}): must be a multiple of {SLAB_ALIGNMENT_NBYTES}")
 

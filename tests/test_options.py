@@ -70,6 +70,8 @@ def test_a_number_is_an_integer_of_at_least_its_least(name: str) -> None:
 def test_slabs_and_threads_need_not_be_said() -> None:
     """Their defaults depend on where the tensors are; a ring of no lanes is none."""
     assert Options(slab_nbytes=None, threads=None) == Options()
+    with pytest.raises(PlanError, match=r"^Options\(slab_nbytes=1073745920\): must be at most 1073741824$"):
+        Options(slab_nbytes=(1 << 30) + 4096)
     with pytest.raises(PlanError, match=r"^Options\(lanes=None\): must be an integer of at least 1$"):
         Options(lanes=None)  # type: ignore[arg-type]
 

@@ -49,15 +49,22 @@ class DeviceExecutor:
         threads: int,
         slab_nbytes: int,
         has_checksum: bool,
+        registers_slabs: bool,
         fallback: Executor,
     ) -> None:
         self.name = name
+        self._registers_slabs = registers_slabs
         self.slab_nbytes = slab_nbytes
         self._device = device
         self._lanes = lanes
         self._threads = threads
         self._has_checksum = has_checksum
         self._fallback = fallback
+
+    def _prepare(self, lanes: Sequence[Lane]) -> None:
+        if self._registers_slabs:
+            for lane in lanes:
+                lane.register()
 
     def _taken_over(self, what: str) -> Executor:
         """The fallback, which is from now on what a report names."""
@@ -82,10 +89,14 @@ class DeviceExecutor:
                 )
             if not lanes:
                 return self._taken_over("save").save(plan, source, open_file, stopwatch)
+            self._prepare(lanes)
             writers = [stack.enter_context(open_file(file)) for file in plan.files]
             pool = ThreadPoolExecutor(self._threads, "gpudcp-write", initializer=self._device.bind_thread)
             stack.callback(pool.shutdown, cancel_futures=True)
-            packers = [SlabPacker(file, source, self._device, has_checksum=self._has_checksum) for file in plan.files]
+            packers = [
+                SlabPacker(file, source, self._device, has_checksum=self._has_checksum, stopwatch=stopwatch)
+                for file in plan.files
+            ]
             slab_nbytes = lanes[0].slab_nbytes
             for turn, (number, contents) in enumerate(_in_turn(plan.files, slab_nbytes)):
                 lane = lanes[turn % len(lanes)]
@@ -119,6 +130,7 @@ class DeviceExecutor:
             if not lanes:
                 self._taken_over("load").load(plan, target, open_file, stopwatch)
                 return
+            self._prepare(lanes)
             pool = ThreadPoolExecutor(self._threads, "gpudcp-read", initializer=self._device.bind_thread)
             stack.callback(pool.shutdown, cancel_futures=True)
             _Load(plan, target, lanes, stopwatch).run(pool, open_file)
@@ -209,7 +221,7 @@ class _Load:
                     )
                 at = first_byte or 0
                 crcs_on_host = lane.device.on_host(checksum_segments(lane, read, first_byte=at))
-                unpack(lane, read, on_device, first_byte=at)
+                unpack(lane, read, on_device, first_byte=at, stopwatch=self._stopwatch)
                 lane.event = self._unpacked = lane.stream.record()
             self._unpacking.append(_Step(read, lane, on_host, crcs_on_host))
 

@@ -23,16 +23,21 @@ from gpudcp.chunkplan.slabs import NO_ROW, Literal, PayloadPart, SlabContents
 from gpudcp.executors.base import SaveSource
 from gpudcp.executors.boxtables import BoxTable
 from gpudcp.executors.casting import copy_cast
+from gpudcp.executors.compiling import first_launch_apart
 from gpudcp.executors.devices import Device, Event
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits, is_plain_memory, memory_at
 from gpudcp.formats.checksum import crc32
+from gpudcp.report import Stopwatch
 
 
 class SlabPacker:
     """Fills the slabs of one file, in their order. All calls come from one thread."""
 
-    def __init__(self, file: SaveFilePlan, source: SaveSource, device: Device, *, has_checksum: bool) -> None:
+    def __init__(
+        self, file: SaveFilePlan, source: SaveSource, device: Device, *, has_checksum: bool, stopwatch: Stopwatch
+    ) -> None:
+        self._stopwatch = stopwatch
         self._file = file
         self._source = source
         self._device = device
@@ -165,7 +170,8 @@ class SlabPacker:
             if self._has_checksum:
                 if self._slots is None:
                     self._slots = new_slots(len(self._file.writes), self._device.torch_device)
-                add_parts(self._slots, lane.memory, self._crc_parts(on_device))
+                with first_launch_apart(self._stopwatch, "checksum"):
+                    add_parts(self._slots, lane.memory, self._crc_parts(on_device))
                 rows, offsets = zip(*patches, strict=True) if patches else ((), ())
                 write_patches(
                     lane.memory,
@@ -207,7 +213,8 @@ class SlabPacker:
                 table.add(view.data_ptr(), slab_offset, lengths, view.stride())
                 slab_offset += view.numel() * dtype.itemsize
         for (memory_dtype, file_dtype), table in tables.items():
-            pack_cast(table.boxes(), lane.memory, memory_dtype=memory_dtype, file_dtype=file_dtype)
+            with first_launch_apart(self._stopwatch, "pack", memory_dtype, file_dtype):
+                pack_cast(table.boxes(), lane.memory, memory_dtype=memory_dtype, file_dtype=file_dtype)
 
     def _crc_parts(self, on_device: list[tuple[PayloadPart, _Payload]]) -> Parts:
         itemsizes = np.array([payload.dtype.itemsize for _, payload in on_device], dtype=np.int64)

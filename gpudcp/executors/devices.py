@@ -51,7 +51,11 @@ class Device(Protocol):
         """
 
     def new_host_slab(self, nbytes: int) -> HostSlab:
-        """Host memory that the device copies to and from while the host goes on."""
+        """Host memory that the device copies to and from while the host goes on.
+
+        Raises:
+            torch.OutOfMemoryError: no more can be had.
+        """
 
     def on_device(self, data: torch.Tensor) -> torch.Tensor:
         """A copy of bytes of a host slab, made by the current stream: they stay as they are meanwhile."""
@@ -78,8 +82,11 @@ class CudaDevice:
         return allocate(nbytes, self.torch_device)
 
     def new_host_slab(self, nbytes: int) -> HostSlab:
-        with torch.cuda.device(self.torch_device):
-            return HostSlab(nbytes, is_pinned=True)
+        try:
+            with torch.cuda.device(self.torch_device):
+                return HostSlab(nbytes, is_pinned=True)
+        except torch.cuda.CudaError as err:
+            raise torch.OutOfMemoryError(f"{nbytes} bytes of host memory cannot be pinned: {err}") from err
 
     def on_device(self, data: torch.Tensor) -> torch.Tensor:
         return data.to(self.torch_device, non_blocking=True)

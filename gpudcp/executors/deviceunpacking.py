@@ -13,9 +13,11 @@ from gpudcp_kernels.unpack import unpack_cast
 from gpudcp.chunkplan.load import ChunkRead, SlabRead
 from gpudcp.executors.boxtables import BoxTable
 from gpudcp.executors.casting import copy_cast
+from gpudcp.executors.compiling import first_launch_apart
 from gpudcp.executors.devices import Device
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits
+from gpudcp.report import Stopwatch
 
 _Pair = tuple[ChunkRead, torch.Tensor]
 
@@ -26,7 +28,7 @@ def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int) -> torch.T
     return crc32_ranges(lane.memory, columns[:, 0] + MARGIN_NBYTES + first_byte, np.ascontiguousarray(columns[:, 1]))
 
 
-def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: int) -> None:
+def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: int, stopwatch: Stopwatch) -> None:
     """Unpack chunks of a read into their boxes of destinations, on the current stream.
 
     Destinations that share memory, as tied weights do, are filled one after the other: the last one wins.
@@ -36,7 +38,7 @@ def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: in
     by_kernel = [pair for pair in pairs if _is_for_kernel(lane.device, *pair)]
     others = [pair for pair in pairs if not _is_for_kernel(lane.device, *pair)]
     for group in _apart(by_kernel):
-        _unpack_by_kernel(lane, group, base)
+        _unpack_by_kernel(lane, group, base, stopwatch)
     for chunk, box in others:
         _unpack_by_torch(lane, chunk, box, base)
 
@@ -60,20 +62,21 @@ def _is_for_kernel(device: Device, chunk: ChunkRead, box: torch.Tensor) -> bool:
     return device.owns(box) and not is_view_of_another and is_castable(chunk.dtype, box.dtype)
 
 
-def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int) -> None:
+def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: Stopwatch) -> None:
     tables: dict[tuple[torch.dtype, torch.dtype, bool], BoxTable] = {}
     for chunk, box in pairs:
         table = tables.setdefault((chunk.dtype, box.dtype, chunk.is_dense), BoxTable())
         table.add(box.data_ptr(), base + chunk.byte_offset, chunk.lengths, box.stride(), chunk.strides)
     slab = lane.memory[:-MARGIN_NBYTES]  # what follows is what kernels may read beyond its end
     for (file_dtype, memory_dtype, is_dense), table in tables.items():
-        unpack_cast(
-            table.boxes(),
-            slab,
-            file_dtype=file_dtype,
-            memory_dtype=memory_dtype,
-            file_strides=None if is_dense else table.file_strides(),
-        )
+        with first_launch_apart(stopwatch, "unpack", file_dtype, memory_dtype, is_dense):
+            unpack_cast(
+                table.boxes(),
+                slab,
+                file_dtype=file_dtype,
+                memory_dtype=memory_dtype,
+                file_strides=None if is_dense else table.file_strides(),
+            )
 
 
 def _unpack_by_torch(lane: Lane, chunk: ChunkRead, box: torch.Tensor, base: int) -> None:

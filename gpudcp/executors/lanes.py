@@ -41,6 +41,23 @@ class Lane:
         """The last I/O with this lane."""
         self.kept: list[Any] = []
         """What the work in flight uses: tensors, and memory of the host."""
+        self._is_registered = False
+
+    def register(self) -> None:
+        """Tell cuFile of the device slab, once: it then needs no bounce buffer of its own."""
+        if not self._is_registered:
+            from gpudcp.files.kvikio import register  # imports kvikio
+
+            register(self.memory)
+            self._is_registered = True
+
+    def release(self) -> None:
+        """The lane is given up: cuFile forgets the slab before its memory is freed."""
+        if self._is_registered:
+            from gpudcp.files.kvikio import deregister
+
+            deregister(self.memory)
+            self._is_registered = False
 
     def slab(self, nbytes: int) -> torch.Tensor:
         """The first bytes of the device slab."""
@@ -86,7 +103,8 @@ def _take(device: Device, count: int, nbytes: int) -> list[Lane]:
     with _guard:
         known = _free.pop(key, [])
     lanes = [lane for lane in known if lane.slab_nbytes == nbytes][:count]
-    del known  # lanes of another size: their memory may be what is needed
+    _drop([lane for lane in known if lane not in lanes])
+    del known  # those of another size: their memory may be what is needed
     try:
         while len(lanes) < count:
             lanes.append(Lane(device, nbytes))
@@ -101,7 +119,14 @@ def _give_back(lanes: Sequence[Lane], count: int) -> None:
     key = lanes[0].device.torch_device, type(lanes[0].device)
     with _guard:
         kept = _free.setdefault(key, [])
-        kept += lanes[: max(0, count - len(kept))]
+        room = max(0, count - len(kept))
+        kept += lanes[:room]
+    _drop(lanes[room:])
+
+
+def _drop(lanes: Sequence[Lane]) -> None:
+    for lane in lanes:
+        lane.release()
 
 
 def _settle(lane: Lane) -> None:

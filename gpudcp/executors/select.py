@@ -59,7 +59,7 @@ def select(
         lanes=options.lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=options.checksum
     )
     if device is not None:
-        executor = _device_executor(device, executor, options, threads=threads, slab_nbytes=slab_nbytes)
+        executor = _device_executor(device, executor, options, choice.way, threads=threads, slab_nbytes=slab_nbytes)
     return Selection(executor, choice.way, threads, figures_name(on_gpu), (reason, choice.reason))
 
 
@@ -109,7 +109,7 @@ def _choose_device(
 
 
 def _device_executor(
-    device: torch.device, fallback: Executor, options: Options, *, threads: int, slab_nbytes: int
+    device: torch.device, fallback: Executor, options: Options, way: Way, *, threads: int, slab_nbytes: int
 ) -> Executor:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -124,6 +124,7 @@ def _device_executor(
         threads=threads,
         slab_nbytes=slab_nbytes,
         has_checksum=options.checksum,
+        registers_slabs=way in ("gds", "compat"),
         fallback=fallback,
     )
 

@@ -229,7 +229,8 @@ os.register_at_fork(after_in_child=DirectoryLock._forget_in_child)
 
 def _lock_file(path: str) -> int:
     while True:
-        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+        # Through a link somebody else's file would be made, and locked.
+        fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # The owner before may have removed the file between our open and our lock.

@@ -9,8 +9,9 @@ from gpudcp.report import TransferReport
 
 
 def learn(report: TransferReport, selection: Selection) -> None:
-    """From one rank of each node. A save without fsync, which measures memory, teaches nothing."""
-    if is_first_rank_of_node():
+    """From one rank of each node, and not from a transfer that another executor took over."""
+    took_over = selection.device != "cpu" and report.executor == "cpu"
+    if is_first_rank_of_node() and not took_over:
         record_transfer(
             report.path,
             selection.device,

@@ -19,7 +19,7 @@ def ring(request: pytest.FixtureRequest) -> Ring:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What depends on the place for files is shown by the cpu executor: interpreted, it takes a hundred times longer."""
+    """What depends on the place for files is shown by the cpu executor: interpreted, it takes too long."""
     left_out = [item for item in items if "interpret-" in item.name and "posix" in item.name]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]

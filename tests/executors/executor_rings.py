@@ -20,6 +20,7 @@ def _interpreted(*, lanes: int, threads: int, slab_nbytes: int, has_checksum: bo
         threads=threads,
         slab_nbytes=slab_nbytes,
         has_checksum=has_checksum,
+        registers_slabs=False,
         fallback=fallback,
     )
 

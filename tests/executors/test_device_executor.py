@@ -57,6 +57,7 @@ def executor_of(device: Device, *, slab_nbytes: int = 8192, lanes: int = 2, thre
         threads=threads,
         slab_nbytes=slab_nbytes,
         has_checksum=True,
+        registers_slabs=False,
         fallback=fallback,
     )
 
@@ -225,7 +226,7 @@ def test_tied_destinations_take_what_comes_last_and_cost_one_launch_more(monkeyp
     monkeypatch.setattr(
         deviceunpacking,
         "_unpack_by_kernel",
-        lambda lane, pairs, base: (launches.append(len(list(pairs))), inner(lane, pairs, base)),
+        lambda lane, pairs, *rest: (launches.append(len(list(pairs))), inner(lane, pairs, *rest)),
     )
     entries = [random_tensor(50, seed=n) for n in range(5)]
     backend = MemoryBackend()

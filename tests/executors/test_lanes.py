@@ -14,6 +14,7 @@ from gpudcp_kernels.tables import SLAB_PADDING_NBYTES
 from gpudcp.executors import lanes as lanes_of_process
 from gpudcp.executors.devices import Event, InterpretedDevice
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane, acquired
+from gpudcp.files import kvikio
 
 MIB = 1 << 20
 
@@ -93,6 +94,32 @@ def test_transfers_at_once_have_lanes_of_their_own_and_only_those_of_one_are_kep
         assert len({id(lane) for lane in taken}) == 6
         assert len({lane.memory.data_ptr() for lane in taken}) == 6
     assert [len(kept) for kept in lanes_of_process._free.values()] == [2]
+
+
+def test_slabs_are_registered_once_and_forgotten_before_they_are_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuFile knows the slabs of kept lanes; those that are given up, for another size or as too many, it must not."""
+    known: list[int] = []
+    monkeypatch.setattr(kvikio, "register", lambda tensor: known.append(tensor.data_ptr()))
+    monkeypatch.setattr(kvikio, "deregister", lambda tensor: known.remove(tensor.data_ptr()))
+    device = SmallDevice()
+    for _ in range(2):
+        with acquired(device, 2, slab_nbytes=8192, least_nbytes=8192) as own:
+            for lane in own:
+                lane.register()
+            expected = sorted(lane.memory.data_ptr() for lane in own)
+        assert sorted(known) == expected
+    with acquired(device, 2, slab_nbytes=4096, least_nbytes=4096):
+        assert known == []
+    with ExitStack() as stack:
+        for _ in range(2):
+            for lane in stack.enter_context(acquired(device, 2, slab_nbytes=4096, least_nbytes=4096)):
+                lane.register()
+    assert len(known) == 2
+    kept = [lane.memory.data_ptr() for lanes in lanes_of_process._free.values() for lane in lanes]
+    assert sorted(known) == sorted(kept)
+    for lanes in lanes_of_process._free.values():
+        for lane in lanes:
+            lane.release()
 
 
 def test_threads_never_share_a_lane() -> None:

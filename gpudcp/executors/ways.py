@@ -11,6 +11,7 @@ from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors.devicememory import allocate
 from gpudcp.files import gds
 from gpudcp.files.figures import Direction, Way
+from gpudcp.files.filesystems import supports_direct_io
 from gpudcp.files.trial import TRIAL_NBYTES, DeviceIO, try_device_io
 from gpudcp.files.tune import Choice, choose_way, choose_write
 from gpudcp.options import Options
@@ -24,7 +25,7 @@ def choose_files(options: Options, directory: str, direction: Direction, gpu: to
     """
     if options.files in ("gds", "kvikio"):
         return _named(options.files, directory, gpu)
-    posix = _posix(options, directory, direction)
+    posix = _posix(options, directory, direction, gpu)
     if gpu is None or options.files == "posix" or gds.unavailable_reason("kvikio") is not None:
         return posix
     try:
@@ -64,8 +65,12 @@ def _trial_memory(gpu: torch.device) -> torch.Tensor:
     return allocate(TRIAL_NBYTES, gpu)
 
 
-def _posix(options: Options, directory: str, direction: Direction) -> Choice:
+def _posix(options: Options, directory: str, direction: Direction, gpu: torch.device | None) -> Choice:
     if direction == "read":
         return Choice("buffered", None, None, "buffered reads: any alignment, and the ranks of a node share the pages")
+    if gpu is not None and options.direct_io == "auto":
+        # From pinned memory, which has figures of its own.
+        ways: tuple[Way, ...] = ("direct", "buffered") if supports_direct_io(directory) else ("buffered",)
+        return choose_way(directory, direction="write", device=figures_name(gpu), ways=ways)
     choice = choose_write(directory, options.direct_io)
     return Choice("direct" if choice.is_direct else "buffered", None, None, choice.reason)

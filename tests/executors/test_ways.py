@@ -1,0 +1,96 @@
+"""The way to the files: KvikIO only where a trial shows that it works, and figures of the memory that moves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpudcp.errors import BackendUnavailableError
+from gpudcp.executors import ways
+from gpudcp.executors.ways import choose_files
+from gpudcp.files.figures import Figure, Way, place_of, write_figures
+from gpudcp.files.trial import DeviceIO
+from gpudcp.options import Options
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _a_machine_with_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """And a cache of this test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(ways, "figures_name", lambda gpu: "cpu" if gpu is None else "some GPU")
+    monkeypatch.setattr(ways, "allocate", lambda nbytes, _: torch.empty(nbytes, dtype=torch.uint8))
+    monkeypatch.setattr(ways, "supports_direct_io", lambda _: True)
+    ways._trial_memory.cache_clear()
+
+
+def with_kvikio(monkeypatch: pytest.MonkeyPatch, trial: DeviceIO | str) -> None:
+    """KvikIO is installed, and a trial transfer goes so, or fails so."""
+
+    def tried(*_: Any, **__: Any) -> DeviceIO:
+        if isinstance(trial, str):
+            raise BackendUnavailableError(trial)
+        return trial
+
+    monkeypatch.setattr(ways.gds, "unavailable_reason", lambda _: None)
+    monkeypatch.setattr(ways, "try_device_io", tried)
+
+
+def measured(directory: Path, device: str, **gb_per_s: float) -> None:
+    """What `gpudcp.tune` found there."""
+    figures = [
+        Figure(direction="write", way=way, threads=4, request_nbytes=1 << 20, gb_per_s=speed, ntransfers=1)  # type: ignore[arg-type]
+        for way, speed in gb_per_s.items()
+    ]
+    assert write_figures(place_of(str(directory), device), "tuned", figures)
+
+
+def way_of(directory: Path, direction: Any = "write", gpu: torch.device | None = GPU, **options: Any) -> Way:
+    return choose_files(Options(**options), str(directory), direction, gpu).way
+
+
+def test_gpudirect_storage_is_taken_where_a_trial_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a GPU's memory, both ways."""
+    with_kvikio(monkeypatch, DeviceIO(True, "a trial"))
+    assert [way_of(tmp_path, direction) for direction in ("write", "read")] == ["gds", "gds"]
+    assert way_of(tmp_path, gpu=None) in ("direct", "buffered")
+    assert way_of(tmp_path, files="posix") in ("direct", "buffered")
+
+
+def test_compat_mode_is_taken_only_where_it_was_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own ring of pinned slabs overlaps what KvikIO does one after the other."""
+    with_kvikio(monkeypatch, DeviceIO(False, "compat mode"))
+    assert way_of(tmp_path) in ("direct", "buffered")
+    measured(tmp_path, "some GPU", direct=1.0, buffered=1.0, compat=5.0)
+    assert way_of(tmp_path) == "compat"
+    assert way_of(tmp_path, files="kvikio") == "compat"
+
+
+def test_a_trial_that_fails_leaves_posix_files_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By name it is an error."""
+    with_kvikio(monkeypatch, "no transfer today")
+    choice = choose_files(Options(), str(tmp_path), "write", GPU)
+    assert choice.way in ("direct", "buffered")
+    assert choice.reason.endswith("KvikIO failed: no transfer today")
+    with pytest.raises(BackendUnavailableError, match="no transfer today"):
+        way_of(tmp_path, files="kvikio")
+
+
+def test_compat_mode_is_never_called_gpudirect_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asks for it by name hears why it is not."""
+    with_kvikio(monkeypatch, DeviceIO(False, "KvikIO in compat mode"))
+    with pytest.raises(BackendUnavailableError, match=r"^Options\(files='gds'\): KvikIO in compat mode; use "):
+        way_of(tmp_path, files="gds")
+
+
+def test_pinned_memory_has_figures_of_its_own(tmp_path: Path) -> None:
+    """What was measured from host memory says nothing of it, and threads and request come with the figure."""
+    measured(tmp_path, "cpu", direct=9.0, buffered=1.0)
+    measured(tmp_path, "some GPU", direct=1.0, buffered=9.0)
+    choice = choose_files(Options(), str(tmp_path), "write", GPU)
+    assert (choice.way, choice.threads, choice.request_nbytes) == ("buffered", 4, 1 << 20)
+    assert way_of(tmp_path, direct_io="off") == "buffered"

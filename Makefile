@@ -1,7 +1,7 @@
 PYTHON ?= python
 DEMO_VENV := .venv-demo
 
-.PHONY: check test test-gpu sanitize-gpu bench-gpu gpu-report test-kvikio bench demo clean
+.PHONY: check test test-gpu sanitize-gpu bench-gpu gpu-report test-kvikio bench fuzz demo clean
 
 check:
 	$(PYTHON) -m ruff check .
@@ -36,6 +36,10 @@ gpu-report:
 # The real KvikIO without a GPU: needs `pip install kvikio-cu13` (or the light set of it) and gcc, skips without.
 test-kvikio:
 	$(PYTHON) -m pytest -m kvikio tests/files
+
+# 100,000 mutated inputs to every parser; by coverage, and for longer: tests/fuzz/atheris_fuzz.py.
+fuzz:
+	PYTHONPATH=.:kernels $(PYTHON) tests/fuzz/fuzz_run.py
 
 bench:
 	$(PYTHON) -m pytest bench --size=full

@@ -213,9 +213,11 @@ def _check_measure(maker: object, arguments: Any, nbytes: int) -> None:
     Raises:
         UnmeasuredError: it does.
     """
-    if not isinstance(maker, _Global) or not isinstance(arguments, tuple):
+    if not isinstance(maker, _Global) or isinstance(arguments, _NumPyArguments):
         return
     path = maker.path.replace("__builtin__", "builtins")
+    if not isinstance(arguments, tuple):  # torch would call it with all the items that this has
+        raise UnmeasuredError(path, "arguments that are no tuple")
     if any(isinstance(argument, _Range) for argument in arguments):
         raise UnmeasuredError(path, "a range")
     if path == "torch._tensor._rebuild_from_type_v2":  # calls its first argument with its third

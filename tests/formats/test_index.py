@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -165,6 +168,37 @@ def test_columns_that_contradict_each_other_are_refused(checkpoint: Path, name: 
     forged = safetensors.numpy.save(arrays, {"gpudcp": json.dumps(header)})
     with pytest.raises(CorruptCheckpointError, match="contradict"):
         index.decode_index(forged, path="p", nbytes=header["metadata_nbytes"], crc=header["metadata_crc32"])
+
+
+@pytest.mark.parametrize(
+    "bomb", ["names that inflate", "boxes without dimensions", "a name twice", "a name that is none"]
+)
+def test_columns_that_say_more_than_they_hold_are_refused(checkpoint: Path, bomb: str) -> None:
+    """Arrays of no bytes can have any length, and compressed names nearly any: no memory is taken for either."""
+    import safetensors.numpy
+
+    data = (checkpoint / ".metadata.index").read_bytes()
+    header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["gpudcp"])
+    arrays = safetensors.numpy.load(data)
+    names, nested = json.loads(zlib.decompress(arrays["names"].tobytes()))
+    if bomb == "boxes without dimensions":
+        arrays["boxes"] = np.zeros((1 << 40, 2, 0), dtype=np.uint8)
+        arrays["sizes"] = np.zeros((len(names), 0), dtype=np.uint8)
+        arrays["ndims"] = np.zeros(len(names), dtype=np.uint8)
+    else:
+        names[0] = {"names that inflate": "x" * (1 << 28), "a name twice": names[1], "a name that is none": 7}[bomb]
+        arrays["names"] = np.frombuffer(zlib.compress(json.dumps([names, nested]).encode()), dtype=np.uint8)
+    del header["crc32"]
+    header["crc32"] = index._crc_of(arrays, header)
+    forged = safetensors.numpy.save(arrays, {"gpudcp": json.dumps(header)})
+    tracemalloc.start()
+    try:
+        with pytest.raises(CorruptCheckpointError, match=r"contradict|names of more than"):
+            index.decode_index(forged, path="p", nbytes=header["metadata_nbytes"], crc=header["metadata_crc32"])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < (8 << 20) + 2 * index.MOST_INFLATION * len(forged)
 
 
 def test_a_path_outside_of_the_directory_is_refused(checkpoint: Path) -> None:

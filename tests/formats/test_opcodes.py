@@ -167,6 +167,13 @@ def test_a_bomb_in_an_object_is_refused(name: str) -> None:
         load(archive_of(BOMBS[name]))
 
 
+def test_a_range_in_place_of_arguments_is_refused() -> None:
+    """torch calls with all the numbers in it: found by fuzzing."""
+    pickled = b"\x80\2cbuiltins\nlist\ncbuiltins\nrange\nK\0\x8a\6\0\0\0\0\0\1K\1\x87RR."
+    with pytest.raises(UnsafeCheckpointError, match="no tuple"):
+        load(archive_of(pickled))
+
+
 def test_values_that_hold_themselves_are_read() -> None:
     """They are filled after they were used, and pay for it only where calls copy."""
     value: list[Any] = [1]

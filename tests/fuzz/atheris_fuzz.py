@@ -1,4 +1,4 @@
-"""Coverage-guided fuzzing of one target, for as long as it may run: needs `pip install atheris`, which tests do without.
+"""Coverage-guided fuzzing of one target, needs `pip install atheris`; the tests do without.
 
 Usage: atheris_fuzz.py TARGET [libFuzzer options, e.g. -max_total_time=600]. What it finds goes into the working
 directory; what is worth keeping belongs into the corpus.

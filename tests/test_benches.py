@@ -19,7 +19,7 @@ from bench.results import Suite
 from gpudcp.files.tune import file_system_type, supports_direct_io
 
 ROOT = Path(__file__).parents[1]
-SUITES = ("small-tensors", "llm", "slices", "memory", "joins", "planning", "verify")
+SUITES = ("small-tensors", "llm", "slices", "memory", "joins", "planning", "verify", "async")
 
 
 @pytest.fixture(scope="module")

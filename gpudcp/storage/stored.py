@@ -113,7 +113,7 @@ class StoredItems:
             raise CorruptCheckpointError(f"{self._directory}: {index.fqn}: {err}", fqn=index.fqn) from None
         if not (type(path) is str and type(start) is type(nbytes) is int and start >= 0 and nbytes >= 0):
             raise CorruptCheckpointError(
-                f"{self._directory}: {index.fqn}: the storage record is {info!r}", fqn=index.fqn
+                f"{self._directory}: {index.fqn}: the storage record is {info!r:.200}", fqn=index.fqn
             )
         if path not in self._safe_paths:
             self._check_inside(path, index.fqn)

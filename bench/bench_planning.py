@@ -79,18 +79,23 @@ def test_coordinating_beside_torch(
     found: dict[str, Any] = {}
 
     def run_ours() -> None:
-        found[GPUDCP] = _coordinated(ours, empty_directory(tmpfs / "ours"))
+        found[GPUDCP] = _coordinated(ours, tmpfs / "ours")
 
     def run_theirs() -> None:
-        found[TORCH] = _coordinated_by_torch(theirs, empty_directory(tmpfs / "torch"))
+        found[TORCH] = _coordinated_by_torch(theirs, tmpfs / "torch")
 
     def check() -> None:
         if found[GPUDCP].state_dict_metadata != found[TORCH].state_dict_metadata:
             raise ValueError("the metadata differ")
 
     contenders = [
-        Contender(name=GPUDCP, run=collector_paused()(run_ours), check=check),
-        Contender(name=TORCH, run=collector_paused()(run_theirs)),
+        Contender(
+            name=GPUDCP,
+            prepare=lambda: empty_directory(tmpfs / "ours"),
+            run=collector_paused()(run_ours),
+            check=check,
+        ),
+        Contender(name=TORCH, prepare=lambda: empty_directory(tmpfs / "torch"), run=collector_paused()(run_theirs)),
     ]
     timings = compare(benchmark, contenders, Rounds(measured=3 if suite.is_full else 1, warm_up=0))
     suite.add_timings(str(job), timings, nbytes=sum(map(len, ours.plans)))

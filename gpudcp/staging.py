@@ -63,14 +63,19 @@ class Stager:
         flat, _ = flattened(state_dict, nested=True, sharded_tensors=False)
         jobs: dict[int, _Job] = {}
         memo: dict[int, Any] = {}
+        memo_of_objects: dict[int, Any] = {}
         for fqn, value in flat.items():
-            if not isinstance(value, torch.Tensor) or id(value) in jobs or id(value) in memo:
-                continue
             local = _local_memory(value)
-            if local is None:
-                memo[id(value)] = value.detach().clone()
-            else:
-                jobs[id(value)] = _Job(value, local, _dtype_of_copy(fqn, local, casts))
+            if local is not None:
+                dtype = _dtype_of_copy(fqn, local, casts)
+                is_other = value.requires_grad and not (dtype.is_floating_point or dtype.is_complex)
+                is_other = is_other or (id(value) in jobs and jobs[id(value)].dtype != dtype)
+                # What is one tensor stays one: where its keys ask for several dtypes, the writer casts.
+                jobs[id(value)] = _Job(value, local, local.dtype if is_other else dtype)
+            elif id(value) not in memo:
+                # With what is inside: an object that holds a tensor of the state dict is saved with that one's whole
+                # memory, which must not be the arena, and with its own dtype and type.
+                memo[id(value)] = _copied_object(value, memo_of_objects)
         copied_by_device: list[Callable[[], None]] = []
         for device in {job.local.device for job in jobs.values()}:
             own = {key: job for key, job in jobs.items() if job.local.device == device}
@@ -80,7 +85,7 @@ class Stager:
             for bring in copied_by_device:
                 bring()
 
-        # Objects, and the structure around everything, are copied by Python's own rules.
+        # The structure around everything is copied by Python's own rules.
         return Snapshot(copy.deepcopy(dict(state_dict), memo), finish)
 
     def _copy(
@@ -132,6 +137,13 @@ class _Job(NamedTuple):
         if isinstance(self.value, DTensor):
             return dtensor_with_local(self.value, copied)
         return copied.requires_grad_() if self.value.requires_grad else copied
+
+
+def _copied_object(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy by Python's own rules; of tensors that have none, as results of computations, by torch's."""
+    if isinstance(value, torch.Tensor) and (value.is_nested or not value.is_leaf or value.is_meta):
+        return value.detach().clone()
+    return copy.deepcopy(value, memo)
 
 
 def _local_memory(value: Any) -> torch.Tensor | None:

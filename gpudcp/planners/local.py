@@ -93,12 +93,12 @@ class LocalItemsMaker:
             if kind in _PLAIN_TYPES and value.layout is torch.strided and not value.is_nested:
                 number, start = self._plain(fqn, value)
                 tensors[fqn] = value
-            elif kind is DTensor and type(local := dtensor_parts(value)[0]) is torch.Tensor:
-                found = self._distributed(fqn, value)
+            elif kind is DTensor and type((parts := dtensor_parts(value))[0]) is torch.Tensor:
+                found = self._distributed(fqn, value, *parts)
                 if found is None:
                     continue
                 number, start = found
-                tensors[fqn] = local
+                tensors[fqn] = parts[0]
             else:
                 made = self._others(fqn, value)
                 if made:
@@ -145,8 +145,7 @@ class LocalItemsMaker:
             found = self._numbers[key] = (number, start)
         return found
 
-    def _distributed(self, fqn: str, tensor: DTensor) -> tuple[int, Sizes] | None:
-        local, spec = dtensor_parts(tensor)
+    def _distributed(self, fqn: str, tensor: DTensor, local: torch.Tensor, spec: Any) -> tuple[int, Sizes] | None:
         known = self._specs.get(id(spec))
         if known is None:
             # The spec is kept, so that no other one gets its id.
@@ -161,7 +160,7 @@ class LocalItemsMaker:
         dtype = local.dtype
         if self._casts is not None:
             dtype = self._casts.dtype_for(fqn, dtype)
-        key = (tensor.shape, start, lengths, dtype, tensor.requires_grad, local.is_pinned())
+        key = (id(spec), dtype, tensor.requires_grad, local.is_pinned())
         found = self._numbers.get(key)
         if found is None:
             properties = self._properties(fqn, local, dtype)

@@ -199,8 +199,8 @@ def test_local_plans_of_dtensors(benchmark: BenchmarkFixture, suite: Suite, size
         local(ours)
         cached.finish_plan(local(cached))
         contenders = [
-            Contender(name=GPUDCP, run=lambda: local(ours)),
-            Contender(name="gpudcp, cached, to finish_plan", run=unchanged),
+            Contender(name=GPUDCP, run=collector_paused()(lambda: local(ours))),
+            Contender(name="gpudcp, cached, to finish_plan", run=collector_paused()(unchanged)),
             Contender(name=TORCH, run=collector_paused()(lambda: local(theirs))),
         ]
         timings = compare(benchmark, contenders, sizes.rounds)

@@ -26,6 +26,7 @@ from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
 from gpudcp.ranks import Ranks
 from gpudcp.staging import Snapshot, Stager
 from gpudcp.storage.reader import GpuStorageReader
+from gpudcp.storage.sources import are_untouched
 from gpudcp.storage.writer import GpuStorageWriter
 
 _logger = logging.getLogger("gpudcp")
@@ -64,6 +65,7 @@ def save(
     Raises:
         GpuDcpError: one of its tree; see `gpudcp.errors`.
     """
+    _background.wait()  # a writer in use must not be pointed elsewhere; what went wrong is raised by all ranks, below
     writer = _writer(checkpoint_id, storage_writer, options, "save")
 
     def values() -> dict[str, Any]:
@@ -112,13 +114,6 @@ def async_save(
     is_alone = _is_alone(no_dist)
     group = None if is_alone else group_for_background(process_group)
     prepared: Future[tuple[StorageWriter, Snapshot]] = Future()
-    try:
-        _background.settle()
-        writer = _writer(checkpoint_id, storage_writer, options, "async_save")
-        is_by_process = _is_by_process(writer, async_checkpointer_type)
-        prepared.set_result((writer, _staged(state_dict, planner, async_stager, is_shared=is_by_process)))
-    except BaseException as error:
-        prepared.set_exception(error)
 
     def act() -> Metadata:
         ranks = Ranks(group, no_dist=is_alone)
@@ -129,9 +124,23 @@ def async_save(
             snapshot.finish()
             return snapshot.state_dict
 
-        return run_save(values, writer, planner, ranks, use_collectives=use_collectives)
+        try:
+            return run_save(values, writer, planner, ranks, use_collectives=use_collectives)
+        finally:
+            if isinstance(writer, GpuStorageWriter):
+                writer.writer_process = None  # for this save only
 
-    upload: Any = _background.begin(act)
+    with _background.calls:
+        try:
+            _background.settle()
+            if checkpoint_id and storage_writer is None and GpuStorageWriter.validate_checkpoint_id(checkpoint_id):
+                checkpoint_id = os.path.abspath(checkpoint_id)  # wherever the process is by then
+            writer = _writer(checkpoint_id, storage_writer, options, "async_save")
+            is_by_process = _is_by_process(writer, async_checkpointer_type)
+            prepared.set_result((writer, _staged(state_dict, planner, async_stager, is_shared=is_by_process)))
+        except BaseException as error:
+            prepared.set_exception(error)
+        upload: Any = _background.begin(act)
     if prepared.exception() is not None:
         upload.exception()
     prepared.result()
@@ -143,6 +152,16 @@ def async_save(
 _background = BackgroundSaves()
 _stager = Stager()
 _writer_process = WriterProcess()
+
+
+def _forget_in_child() -> None:
+    global _stager
+    _background.forget_in_child()
+    _writer_process.forget_in_child()
+    _stager = Stager()  # shared memory is the parent's too
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _is_by_process(writer: StorageWriter, asked: AsyncCheckpointerType | None) -> bool:
@@ -164,8 +183,11 @@ def _staged(
 ) -> Snapshot:
     values = _without_statefuls(state_dict)
     if stager is None:
-        casts = planner.casts if isinstance(planner, DefaultSavePlanner) else None
-        return _stager.stage(values, casts, is_shared=is_shared)
+        # The rule goes by the planner's keys: only where those are the state dict's own can it be applied before.
+        is_by_key = are_untouched(planner, ("set_up_planner", "create_local_plan"), DefaultSavePlanner)
+        casts = planner.casts if isinstance(planner, DefaultSavePlanner) and is_by_key else None
+        nested = getattr(planner, "flatten_state_dict", True)
+        return _stager.stage(values, casts, nested=nested, is_shared=is_shared)
     taken = stager.stage(values)
     if isinstance(taken, Future):
         return Snapshot(taken.result(), lambda: None)

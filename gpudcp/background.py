@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -29,17 +30,14 @@ class UploadFuture(Future[Metadata]):
 
     def result(self, timeout: float | None = None) -> Metadata:
         """The Metadata, when the checkpoint is committed; raises what the save raised."""
-        try:
-            return super().result(timeout)
-        finally:
-            self.was_heard = self.was_heard or self.done()
+        self.exception(timeout)
+        return super().result()
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the save raised."""
-        try:
-            return super().exception(timeout)
-        finally:
-            self.was_heard = self.was_heard or self.done()
+        error = super().exception(timeout)
+        self.was_heard = True  # not where the wait timed out, even if it ends in that instant
+        return error
 
 
 class BackgroundSaves:
@@ -52,6 +50,18 @@ class BackgroundSaves:
         self._pool: ThreadPoolExecutor | None = None
         self._last: UploadFuture | None = None
         self._guard = threading.Lock()
+        self.calls = threading.RLock()
+        """Held from waiting for the save before until the next one begins: their snapshots share their memory."""
+
+    def wait(self) -> None:
+        """Wait for the save in flight, however it ends."""
+        last = self._last
+        if last is not None and not threading.current_thread().name.startswith(_THREAD_NAME):
+            futures.wait([last])
+
+    def forget_in_child(self) -> None:
+        """What is in flight is the parent's, and the thread stayed there."""
+        self.__init__()  # type: ignore[misc]
 
     def settle(self) -> None:
         """Wait for the save in flight; raises what it raised, unless somebody has heard of that."""
@@ -68,6 +78,8 @@ class BackgroundSaves:
         """Run ``act`` in the background, when what was begun before has ended."""
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         future = UploadFuture()
+        # All ranks save together, so no rank can take its part back: ``cancel()`` returns False.
+        future.set_running_or_notify_cancel()
 
         def run() -> None:
             try:
@@ -83,14 +95,10 @@ class BackgroundSaves:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(1, _THREAD_NAME)
                 # Private, but the one hook before Python refuses new work to every thread pool, which a save needs.
-                threading._register_atexit(self._wait)  # type: ignore[attr-defined]
+                threading._register_atexit(self.wait)  # type: ignore[attr-defined]
+            self._pool.submit(run)  # raises at the interpreter's exit, and then nothing is in flight
             self._last = future
-            self._pool.submit(run)
         return future
-
-    def _wait(self) -> None:
-        if self._last is not None:
-            self._last.exception()
 
 
 _THREAD_NAME = "gpudcp-async"

@@ -29,7 +29,7 @@ from gpudcp.ranks import Ranks
 
 _logger = logging.getLogger("gpudcp")
 
-_STEP_NAME = re.compile(r"step-(\d{8,})")
+_STEP_NAME = re.compile(r"step-([0-9]{8}|[1-9][0-9]{8,})")
 # What makes a step no checkpoint, or no good one; anything else is about the state dict, and every step would fail.
 _SKIPPED = (CheckpointNotFoundError, CorruptCheckpointError, TransferError, UnsafeCheckpointError)
 _GOOD, _BAD, _HOPELESS = range(3)
@@ -65,7 +65,7 @@ class CheckpointManager:
         for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
             if value is not None and (type(value) is not int or value < 1):
                 raise PlanError(f"CheckpointManager({name}={value!r}): must be None or an integer of at least 1")
-        self.root = os.fspath(root)
+        self.root = os.path.abspath(root)  # steps are removed in the background, wherever the process is by then
         self.keep_last = keep_last
         self.keep_every = keep_every
         self.options = options or Options()
@@ -185,7 +185,8 @@ class CheckpointManager:
         for step, path in found.items():
             is_unfinished = step not in committed and step < saved
             is_spare = step in committed and step not in kept and (self.keep_every is None or step % self.keep_every)
-            if not (is_unfinished or is_spare):
+            # What a link leads to is somebody's own, such as the checkpoint that this run started from.
+            if not (is_unfinished or is_spare) or os.path.islink(path):
                 continue
             try:
                 remove_checkpoint(path, fsync=self.options.fsync)

@@ -52,15 +52,18 @@ class Stager:
         self._arenas: dict[_Key, torch.Tensor] = {}
         self._shared: dict[torch.device, SharedSlab] = {}
 
-    def stage(self, state_dict: Mapping[str, Any], casts: CastRule | None, *, is_shared: bool) -> Snapshot:
+    def stage(
+        self, state_dict: Mapping[str, Any], casts: CastRule | None, *, nested: bool, is_shared: bool
+    ) -> Snapshot:
         """Copy what is in ``state_dict``; on return its tensors may be written to.
 
         Args:
             state_dict: tensors, DTensors, objects, nested dicts and lists of them. No value is Stateful.
             casts: what the planner casts, by key; None: nothing.
+            nested: whether the planner looks into dicts and lists; else those are objects.
             is_shared: into memory that another process can map.
         """
-        flat, _ = flattened(state_dict, nested=True, sharded_tensors=False)
+        flat, _ = flattened(state_dict, nested=nested, sharded_tensors=False)
         jobs: dict[int, _Job] = {}
         memo: dict[int, Any] = {}
         memo_of_objects: dict[int, Any] = {}
@@ -140,10 +143,14 @@ class _Job(NamedTuple):
 
 
 def _copied_object(value: Any, memo: dict[int, Any]) -> Any:
-    """A copy by Python's own rules; of tensors that have none, as results of computations, by torch's."""
-    if isinstance(value, torch.Tensor) and (value.is_nested or not value.is_leaf or value.is_meta):
-        return value.detach().clone()
-    return copy.deepcopy(value, memo)
+    """A copy by Python's own rules, which results of computations, nested tensors and many subclasses have none of."""
+    if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
+        return copy.deepcopy(value, memo)
+    copied = value.detach().clone()
+    for name, attribute in vars(value).items():
+        if name not in vars(copied):
+            setattr(copied, name, copy.deepcopy(attribute, memo))
+    return copied
 
 
 def _local_memory(value: Any) -> torch.Tensor | None:
@@ -156,7 +163,7 @@ def _local_memory(value: Any) -> torch.Tensor | None:
             return None
     else:
         return None
-    is_plain = tensor.layout is torch.strided and tensor.dtype not in QUANTIZED_DTYPES
+    is_plain = tensor.layout is torch.strided and not tensor.is_nested and tensor.dtype not in QUANTIZED_DTYPES
     return tensor if is_plain and tensor.device.type in ("cpu", "cuda") else None
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -114,7 +117,7 @@ def test_a_writing_process_that_is_killed_fails_its_save_alone(tmp_path: Path) -
     class SeeminglyAlive:
         """What is not noticed before the save is sent."""
 
-        stdin, stdout, wait = child.stdin, child.stdout, child.wait
+        wait = child.wait
 
         def poll(self) -> None:
             return None
@@ -323,3 +326,177 @@ def test_interpreter_exit_finishes_the_save(tmp_path: Path) -> None:
     gpudcp.load(found, tmp_path)
     assert bool((found["a"] == 1).all())
     assert found["b"].tolist() == [0, 1, 2, 3, 4]
+
+
+class Tagged(torch.Tensor):
+    """A subclass with an attribute, and no copying of its own."""
+
+
+class OwnParameter(torch.nn.Parameter):
+    """A subclass that is saved whole."""
+
+
+def _tagged() -> dict[str, Any]:
+    tensor = torch.ones(3).as_subclass(Tagged)
+    tensor.tag = "x"  # type: ignore[attr-defined]
+    return {"a": tensor}
+
+
+def _tied() -> dict[str, Any]:
+    weight = torch.arange(9.0)
+    return {"model": {"w": weight}, "ema": {"w": weight}}
+
+
+def _held_by_an_object() -> dict[str, Any]:
+    weight = torch.nn.Parameter(torch.arange(9.0))
+    return {"model": {"w": weight}, "object": SimpleNamespace(w=weight), "other": torch.ones(1000)}
+
+
+@pytest.mark.filterwarnings("ignore:.* can be loaded only with:UserWarning")
+@pytest.mark.parametrize(
+    ("make", "planner"),
+    [
+        pytest.param(_tied, lambda: gpudcp.DefaultSavePlanner(dtype={"model.*": torch.bfloat16}), id="tied"),
+        pytest.param(
+            _tied, lambda: gpudcp.DefaultSavePlanner(flatten_state_dict=False, dtype=torch.half), id="not flattened"
+        ),
+        pytest.param(
+            _tied,
+            lambda: gpudcp.planners.RenameSavePlanner("x.", dtype={"model.*": torch.half}),
+            id="renamed",
+        ),
+        pytest.param(_held_by_an_object, lambda: gpudcp.DefaultSavePlanner(dtype=torch.half), id="object"),
+        pytest.param(_held_by_an_object, gpudcp.DefaultSavePlanner, id="object, no cast"),
+        pytest.param(
+            _held_by_an_object,
+            lambda: gpudcp.DefaultSavePlanner(dtype=lambda _, dtype: torch.int8 if dtype.is_floating_point else None),
+            id="gradient to integer",
+        ),
+        pytest.param(_tagged, gpudcp.DefaultSavePlanner, id="subclass"),
+        pytest.param(lambda: {"a": OwnParameter(torch.ones(3))}, gpudcp.DefaultSavePlanner, id="parameter subclass"),
+        pytest.param(
+            lambda: {"a": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])},
+            gpudcp.DefaultSavePlanner,
+            id="nested tensor",
+            marks=pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors"),
+        ),
+    ],
+)
+def test_it_is_byte_for_byte_what_save_writes(
+    tmp_path: Path, make: Callable[[], dict[str, Any]], planner: Callable[[], Any]
+) -> None:
+    """Casts go by the planner's keys, and objects keep the types and the memory of what they hold."""
+    options = gpudcp.Options(trust_pickle=True)
+    now = gpudcp.save(make(), tmp_path / "now", planner=planner(), options=options)
+    upload: Any = gpudcp.async_save(make(), tmp_path / "later", planner=planner(), options=options).upload_completion
+    assert upload.result().state_dict_metadata == now.state_dict_metadata
+    found = [[path.read_bytes() for path in sorted((tmp_path / name).glob("*.distcp"))] for name in ("now", "later")]
+    assert found[0] == found[1]
+
+
+def test_a_save_in_flight_cannot_be_cancelled(tmp_path: Path) -> None:
+    """Else the next snapshot would be taken into memory that is still being written."""
+    writer = Held(tmp_path)
+    upload: Any = gpudcp.async_save({"a": torch.ones(1)}, storage_writer=writer).upload_completion
+    assert not upload.cancel()
+    writer.may_write.set()
+    upload.result()
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    """No snapshot is taken into the memory of one that another thread has taken and not yet handed over."""
+    numbers = range(12)
+    states = [{"a": torch.full((200_000,), float(number))} for number in numbers]
+    saves = [
+        threading.Thread(target=gpudcp.async_save, args=(states[number], tmp_path / str(number))) for number in numbers
+    ]
+    for save in saves:
+        save.start()
+    for save in saves:
+        save.join()
+    api._background.settle()
+    for number in numbers:
+        found = {"a": torch.zeros(200_000)}
+        gpudcp.load(found, tmp_path / str(number))
+        assert torch.equal(found["a"], states[number]["a"])
+
+
+def test_a_wait_that_timed_out_has_not_heard(tmp_path: Path) -> None:
+    """The failure is still raised by the next save."""
+
+    class Fails(Held):
+        def write_data(self, plan: Any, planner: Any) -> Any:
+            super().write_data(plan, planner)
+            raise PlanError("not today")
+
+    writer = Fails(tmp_path)
+    upload: Any = gpudcp.async_save({"a": torch.ones(1)}, storage_writer=writer).upload_completion
+    with pytest.raises(TimeoutError if sys.version_info >= (3, 11) else Exception):
+        upload.result(timeout=0)
+    writer.may_write.set()
+    with pytest.raises(PlanError, match="not today"):
+        gpudcp.save({"a": torch.ones(1)}, tmp_path)
+
+
+def test_a_writer_in_flight_is_not_pointed_elsewhere(tmp_path: Path) -> None:
+    """A save with the same writer waits first, and is not made by the process that the one before asked for."""
+    writer = Held(tmp_path / "1")
+    kind = AsyncCheckpointerType.PROCESS
+    gpudcp.async_save({"a": torch.ones(1)}, storage_writer=writer, async_checkpointer_type=kind)
+    threading.Timer(0.2, writer.may_write.set).start()
+    gpudcp.save({"a": torch.ones(1)}, tmp_path / "2", storage_writer=writer)
+    assert writer.report is not None
+    assert writer.report.executor == "cpu"
+    for name in ("1", "2"):
+        assert gpudcp.verify(tmp_path / name).ok
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_saves_and_ends(tmp_path: Path) -> None:
+    """While a save of its parent's is in flight: as workers of a DataLoader, which end when Python says so."""
+    writer = Held(tmp_path / "parent")
+    gpudcp.async_save({"a": torch.ones(1)}, storage_writer=writer)
+    saves = lambda: gpudcp.async_save({"a": torch.ones(1)}, tmp_path / "child").upload_completion.result()  # noqa: E731
+    children = [multiprocessing.get_context("fork").Process(target=target) for target in (int, saves)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(30)
+        child.kill()
+        assert child.exitcode == 0
+    writer.may_write.set()
+
+
+def test_the_writing_process_ends_though_a_forked_child_lives(tmp_path: Path) -> None:
+    """A worker that is ended at exit only must not be what exit waits for; nor does printing disturb the answers."""
+    (tmp_path / "sitecustomize.py").write_text("print('hello')\n")
+    script = (
+        "import multiprocessing, sys, time, torch, gpudcp\n"
+        "options = gpudcp.Options(async_mode='process')\n"
+        "gpudcp.async_save({'a': torch.ones(3)}, sys.argv[1], options=options).upload_completion.result()\n"
+        "multiprocessing.get_context('fork').Process(target=time.sleep, args=(99,), daemon=True).start()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "checkpoint")]
+    subprocess.run(command, check=True, timeout=60, env={**os.environ, "PYTHONPATH": path})
+    assert gpudcp.verify(tmp_path / "checkpoint").ok
+
+
+def test_a_relative_directory_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the process is when the background comes to it, and wherever the writing process was started."""
+    (tmp_path / "elsewhere").mkdir()
+    options = gpudcp.Options(async_mode="process")
+    gpudcp.async_save({"a": torch.ones(1)}, tmp_path / "first", options=options).upload_completion.result()
+    monkeypatch.chdir(tmp_path)
+    response = gpudcp.async_save({"a": torch.ones(1)}, "second", options=options)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    response.upload_completion.result()
+    assert gpudcp.verify(tmp_path / "second").ok
+
+
+def test_a_python_without_anonymous_files_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the remedy."""
+    monkeypatch.setattr(api, "_stager", api.Stager())
+    monkeypatch.delattr(os, "memfd_create")
+    with pytest.raises(BackendUnavailableError, match=r"use Options\(async_mode='thread'\)$"):
+        gpudcp.async_save({"a": torch.ones(1)}, tmp_path, options=gpudcp.Options(async_mode="process"))

@@ -158,6 +158,20 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert manager.steps() == [2]
 
 
+def test_what_a_link_leads_to_stays(tmp_path: Path) -> None:
+    """Such as the checkpoint that a run started from; nor is a name a step that no save gives one."""
+    base = CheckpointManager(tmp_path / "base", options=FAST)
+    base.save(1, state(1))
+    manager = CheckpointManager(tmp_path / "run", keep_last=1, options=FAST)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "step-00000001").symlink_to(base.path(1))
+    gpudcp.save(state(1), tmp_path / "run" / "step-000000001")
+    assert restored(manager) == (1, 1.0)
+    manager.save(2, state(2))
+    assert restored(base) == (1, 1.0)
+    assert gpudcp.verify(tmp_path / "run" / "step-000000001").ok
+
+
 def test_a_step_that_is_being_written_is_not_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Another process may be saving an earlier step again."""
     manager = CheckpointManager(tmp_path, keep_last=1, options=FAST)

@@ -1,5 +1,5 @@
 """The cpu executor in a process of its own, which packs, checksums and writes beside training without sharing its
-interpreter. Saves only; tensors travel as places in shared memory, everything else by a pipe.
+interpreter. Saves only; tensors travel as places in shared memory, everything else by a socket.
 """
 
 from __future__ import annotations
@@ -7,12 +7,14 @@ from __future__ import annotations
 import atexit
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,6 +60,7 @@ class WriterProcess:
 
     def __init__(self) -> None:
         self._child: subprocess.Popen[bytes] | None = None
+        self._channel: socket.socket | None = None
         self._guard = threading.Lock()
         atexit.register(self.close)
 
@@ -68,11 +71,11 @@ class WriterProcess:
             TransferError: the process died.
         """
         with self._guard:
-            child = self._started()
+            channel = self._started()
             try:
-                _send(cast(BinaryIO, child.stdin), pickle.dumps(job))
-                answer = _receive(cast(BinaryIO, child.stdout))
-            except OSError:  # a broken pipe
+                _send(channel, pickle.dumps(job))
+                answer = _receive(channel)
+            except OSError:  # nobody reads
                 answer = None
             if answer is None:
                 status = self.close()
@@ -88,24 +91,38 @@ class WriterProcess:
     def close(self) -> int | None:
         """End the child, when it has ended its work; returns its status."""
         child, self._child = self._child, None
-        if child is None:
-            return None
-        for pipe in (child.stdin, child.stdout):
-            with suppress(OSError):  # of what it did not read
-                cast(BinaryIO, pipe).close()
-        return child.wait()
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            with suppress(OSError), channel:
+                # Not by closing alone: a process that another thread is just forking may have the descriptor too.
+                channel.shutdown(socket.SHUT_RDWR)
+        return None if child is None else child.wait()
 
-    def _started(self) -> subprocess.Popen[bytes]:
-        if self._child is None or self._child.poll() is not None:
-            self.close()
-            # No GPU of this process is the child's business.
+    def forget_in_child(self) -> None:
+        """After a fork: the process is the parent's, and must end with it."""
+        self._child = None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        self._guard = threading.Lock()
+
+    def _started(self) -> socket.socket:
+        if self._channel is not None and self._child is not None and self._child.poll() is None:
+            return self._channel
+        self.close()
+        ours, theirs = socket.socketpair()
+        with theirs:
+            for end in (ours, theirs):
+                end.settimeout(None)  # whatever socket.setdefaulttimeout says
+            self._channel = ours
             self._child = subprocess.Popen(
                 [sys.executable, "-c", _START, *sys.path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdin=theirs.fileno(),
+                stdout=subprocess.DEVNULL,
+                # No GPU of this process is the child's business.
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
-        return self._child
+        return ours
 
 
 class RemoteExecutor:
@@ -154,42 +171,36 @@ class RemoteExecutor:
 
 
 def serve() -> None:
-    """The child's part: saves from standard input until that ends."""
-    orders = sys.stdin.buffer
-    # What libraries print must not come between the answers.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    mapped: dict[str, torch.Tensor] = {}
-    while (order := _receive(orders)) is not None:
-        try:
-            answer = pickle.dumps(_saved(pickle.loads(order), mapped))
-        except BaseException as error:
-            answer = _pickled(error, pickle.loads(order).directory)
-        _send(answers, answer)
+    """The child's part: saves from the socket that is its standard input, until that ends."""
+    # Of a Ctrl-C the parent hears too, and decides what becomes of a save in flight.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with socket.socket(fileno=os.dup(sys.stdin.fileno())) as channel, suppress(BrokenPipeError):
+        while (order := _receive(channel)) is not None:
+            try:
+                answer = pickle.dumps(_saved(pickle.loads(order)))
+            except BaseException as error:
+                answer = _pickled(error, pickle.loads(order).directory)
+            _send(channel, answer)
 
 
-def _saved(job: _Job, mapped: dict[str, torch.Tensor]) -> tuple[list[FileReceipt], dict[str, float]]:
+def _saved(job: _Job) -> tuple[list[FileReceipt], dict[str, float]]:
     stopwatch = Stopwatch()
 
     def open_file(file: SaveFilePlan) -> FileWriter:
         return open_writer(os.path.join(job.directory, file.path), job.way, nbytes=file.nbytes, fsync=job.fsync)
 
-    receipts = CpuExecutor(**job.executor).save(job.plan, _Source(job.tensors, mapped), open_file, stopwatch)
+    receipts = CpuExecutor(**job.executor).save(job.plan, _Source(job.tensors), open_file, stopwatch)
     return receipts, stopwatch.seconds
 
 
 class _Source:
     keeps_memory = True
 
-    def __init__(self, tensors: dict[int, _Tensor], mapped: dict[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: dict[int, _Tensor]) -> None:
         self._tensors = tensors
-        used = {tensor.place.path: tensor.place.nbytes for tensor in tensors.values() if tensor.place is not None}
-        for path in [path for path in mapped if path not in used or mapped[path].nbytes != used[path]]:
-            del mapped[path]
-        for path, nbytes in used.items():
-            if path not in mapped:
-                mapped[path] = map_shared(path, nbytes)
-        self._mapped = mapped
+        # Anew for each save: what is kept mapped stays in memory, and a path may be of another slab by then.
+        places = {tensor.place.path: tensor.place.nbytes for tensor in tensors.values() if tensor.place is not None}
+        self._mapped = {path: map_shared(path, nbytes) for path, nbytes in places.items()}
 
     def resolve(self, position: int) -> torch.Tensor:
         place, data, dtype, sizes, strides = self._tensors[position]
@@ -214,17 +225,26 @@ def _described(tensor: torch.Tensor) -> _Tensor:
     return _Tensor(place, data, tensor.dtype, sizes, strides)
 
 
-def _send(pipe: BinaryIO, data: bytes) -> None:
-    pipe.write(len(data).to_bytes(_LENGTH_NBYTES, "little"))
-    pipe.write(data)
-    pipe.flush()
+def _send(channel: socket.socket, data: bytes) -> None:
+    channel.sendall(len(data).to_bytes(_LENGTH_NBYTES, "little"))
+    channel.sendall(data)
 
 
-def _receive(pipe: BinaryIO) -> bytes | None:
+def _receive(channel: socket.socket) -> bytearray | None:
     """A message; None: there is nobody at the other end any more."""
-    length = int.from_bytes(head, "little") if len(head := pipe.read(_LENGTH_NBYTES)) == _LENGTH_NBYTES else 0
-    data = pipe.read(length)
-    return data if length and len(data) == length else None
+    length = _read(channel, _LENGTH_NBYTES)
+    return None if length is None else _read(channel, int.from_bytes(length, "little"))
+
+
+def _read(channel: socket.socket, nbytes: int) -> bytearray | None:
+    data = bytearray(nbytes)
+    left = memoryview(data)
+    while left:
+        received = channel.recv_into(left)
+        if not received:
+            return None
+        left = left[received:]
+    return data
 
 
 def _pickled(error: BaseException, directory: str) -> bytes:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from gpudcp.errors import BackendUnavailableError
+
 
 class SharedPlace(NamedTuple):
     """Where memory is, for another process."""
@@ -20,9 +22,18 @@ class SharedPlace(NamedTuple):
 
 
 class SharedSlab:
-    """Flat uint8 in shared memory. Not limited by the size of /dev/shm."""
+    """Flat uint8 in shared memory. Not limited by the size of /dev/shm.
+
+    Raises:
+        BackendUnavailableError: this Python cannot make it.
+    """
 
     def __init__(self, nbytes: int) -> None:
+        if not hasattr(os, "memfd_create"):  # Pythons built for a C library before 2.27 have none
+            raise BackendUnavailableError(
+                "this Python has no os.memfd_create, without which no other process can write; "
+                "use Options(async_mode='thread')"
+            )
         self.nbytes = nbytes
         self._fd = os.memfd_create("gpudcp", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, self._fd)

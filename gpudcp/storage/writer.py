@@ -213,7 +213,7 @@ class GpuStorageWriter(StorageWriter):
     def _remote(self, process: WriterProcess, selection: Selection) -> Executor:
         return RemoteExecutor(
             process,
-            directory=self.path,
+            directory=os.path.abspath(self.path),  # the process may have been started in another one
             way=selection.way,
             fsync=self.options.fsync,
             slab_nbytes=selection.executor.slab_nbytes,

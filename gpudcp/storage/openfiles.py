@@ -26,9 +26,10 @@ class OpenFiles:
         self._passing: dict[str, FileReader] = {}
 
     def open(self, paths: set[str]) -> None:
-        """Open them all, as far as the process's limit on open files allows; the rest is opened when it is needed."""
+        """Open them all, as far as half of what the process may still open allows; the rest when it is needed."""
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        for path in sorted(paths) if limit == resource.RLIM_INFINITY else sorted(paths)[: limit // 2]:
+        nfree = len(paths) * 2 if limit == resource.RLIM_INFINITY else max(0, limit - len(os.listdir("/proc/self/fd")))
+        for path in sorted(paths)[: nfree // 2]:
             if path not in self._kept:
                 self._kept[path] = self._opened(path)
 

@@ -77,6 +77,11 @@ class Cast:
     """Of an element."""
     dest_nbytes: int
 
+    @property
+    def is_move(self) -> bool:
+        """Whether the elements' bits stay what they are."""
+        return self.source == self.dest
+
 
 @cache
 def cast_of(source: torch.dtype, dest: torch.dtype) -> Cast:

@@ -205,8 +205,10 @@ class _Variant:
 @cache
 def _variant(name: str, cast: Cast) -> _Variant:
     # Units of a program, and bytes of the wider side: as many accesses in flight as registers allow without spills.
+    # 64 elements a thread are too many for casts of 8-bit types on sm_100.
+    most_aligned = 1024 if cast.is_move else 8192 // _aligned_unit(cast)
     kernel, unit, most, most_nbytes = {
-        "aligned": (_unpack_aligned_kernel, _aligned_unit(cast), 1024, 32 << 10),
+        "aligned": (_unpack_aligned_kernel, _aligned_unit(cast), most_aligned, 32 << 10),
         "words": (_unpack_words_kernel, _word_unit(cast), 2048, 16 << 10),
         "elements": (_unpack_elements_kernel, 1, 1024, 16 << 10),
     }[name]

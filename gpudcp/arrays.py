@@ -28,7 +28,8 @@ _COMPRESSED_NBYTES = 1 << 10
 
 def narrowed(array: Column) -> Column:
     """The same integers in the narrowest signed type that holds them all."""
-    low, high = (int(array.min()), int(array.max())) if array.size else (0, 0)
+    # The ufuncs themselves, as most arrays are so small that the methods around them cost more.
+    low, high = (int(np.minimum.reduce(array, None)), int(np.maximum.reduce(array, None))) if array.size else (0, 0)
     bits = max(low if low >= 0 else ~low, high if high >= 0 else ~high).bit_length() + 1
     return array.astype("<i1" if bits <= 8 else "<i2" if bits <= 16 else "<i4" if bits <= 32 else "<i8")
 

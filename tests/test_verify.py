@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 import gpudcp
 from gpudcp import Options, VerifyReport
 from gpudcp.errors import CheckpointBusyError, CheckpointNotFoundError, GpuDcpError
-from gpudcp.formats.index import encode_index
+from gpudcp.formats.index import index_columns
 from gpudcp.verification.indexes import read_index
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
@@ -479,9 +479,9 @@ def test_an_index_that_says_something_else_than_its_metadata_is_found(own: Path)
     assert indexed.row_records is not None
     row = [index.fqn for index in indexed.row_records.indices].index("large")
     indexed.row_records.crcs[row] ^= 1
-    changed_index = encode_index(indexed, indexed.row_records, nbytes=nbytes, crc=crc)
-    assert changed_index is not None
-    path.write_bytes(changed_index)
+    changed = index_columns(indexed, indexed.row_records)
+    assert changed is not None
+    path.write_bytes(changed.encoded(nbytes=nbytes, crc=crc))
     (problem,) = gpudcp.verify(own).problems
     assert (problem.kind, problem.fqn, problem.file) == ("index", "large", ".metadata.index")
 

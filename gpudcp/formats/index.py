@@ -7,7 +7,7 @@ without it.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -39,8 +39,21 @@ _MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.preserve_
 _LAYOUTS = (torch.strided, torch.sparse_coo)
 
 
-def encode_index(metadata: Metadata, records: ItemRecords, *, nbytes: int, crc: int) -> bytes | None:
-    """The index of a checkpoint whose ``.metadata`` has this length and this CRC-32.
+class IndexColumns(NamedTuple):
+    """What an index holds, but for the ``.metadata`` that it is of."""
+
+    arrays: dict[str, Column]
+    header: dict[str, Any]
+
+    def encoded(self, *, nbytes: int, crc: int) -> bytes:
+        """The index of the checkpoint whose ``.metadata`` has this length and this CRC-32."""
+        header = self.header | {"metadata_nbytes": nbytes, "metadata_crc32": crc}
+        header["crc32"] = _crc_of(self.arrays, header)
+        return safetensors.numpy.save(self.arrays, {_HEADER: json.dumps(header)})
+
+
+def index_columns(metadata: Metadata, records: ItemRecords) -> IndexColumns | None:
+    """What the index of a checkpoint holds.
 
     Returns None for few rows, and for what has no place in an index: a Metadata of objects, or properties that torch's
     own planners do not make.
@@ -57,7 +70,6 @@ def encode_index(metadata: Metadata, records: ItemRecords, *, nbytes: int, crc: 
     row_records = records.reordered(order)
     meta = metadata.storage_meta or StorageMeta()
     arrays: dict[str, Column] = {
-        "names": np.frombuffer(columns.names.packed, dtype=np.uint8),
         "first_rows": columns.first_rows,
         "property_ids": columns.property_ids,
         "ndims": columns.ndims,
@@ -71,11 +83,10 @@ def encode_index(metadata: Metadata, records: ItemRecords, *, nbytes: int, crc: 
         "dtype_ids": np.where(row_records.payload_offsets < 0, NONE, row_records.dtype_ids),
         "crcs": row_records.crcs,
     }
-    arrays = {name: array if array.dtype == np.uint8 else narrowed(array) for name, array in arrays.items()}
+    arrays = {name: narrowed(array) for name, array in arrays.items()}
+    arrays["names"] = np.frombuffer(columns.names.packed, dtype=np.uint8)
     header = {
         "format": _FORMAT,
-        "metadata_nbytes": nbytes,
-        "metadata_crc32": crc,
         "version": metadata.version,
         "checkpoint_id": None if meta.checkpoint_id is None else str(meta.checkpoint_id),
         "save_id": meta.save_id,
@@ -84,8 +95,7 @@ def encode_index(metadata: Metadata, records: ItemRecords, *, nbytes: int, crc: 
         "paths": row_records.paths,
         "dtypes": [dtype_name(dtype) for dtype in row_records.dtypes],
     }
-    header["crc32"] = _crc_of(arrays, header)
-    return safetensors.numpy.save(arrays, {_HEADER: json.dumps(header)})
+    return IndexColumns(arrays, header)
 
 
 def decode_index(data: bytes, *, path: str, nbytes: int, crc: int) -> ColumnMetadata | None:

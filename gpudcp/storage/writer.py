@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
@@ -246,15 +247,19 @@ class GpuStorageWriter(StorageWriter):
         metadata.storage_data = StorageData(records)
         metadata.storage_meta = self.storage_meta()
         rank = None if self._use_collectives else self._rank
-        encoded = encode_metadata(metadata, records)
+        # Beside each other, as NumPy lets go of the interpreter.
+        with ThreadPoolExecutor(1, "gpudcp-index") as beside:
+            columns = beside.submit(index_format.index_columns, metadata, records)
+            encoded = encode_metadata(metadata, records)
+        index = columns.result()
         if lost := [name for name in self._written if not os.path.exists(os.path.join(self.path, name))]:
             raise CheckpointBusyError(f"{self.path}: {', '.join(lost)} was removed before this save was committed")
         name = metadata_file_name(rank)
         replaced = self._replaced_names(name)
         # The index first: beside the old .metadata it is of another one, and not read.
-        index = index_format.encode_index(metadata, records, nbytes=encoded.pickle_nbytes, crc=encoded.crc32)
         if index is not None:
-            replace_file(self.path, name + index_format.SUFFIX, [index], fsync=self.options.fsync)
+            data = index.encoded(nbytes=encoded.pickle_nbytes, crc=encoded.crc32)
+            replace_file(self.path, name + index_format.SUFFIX, [data], fsync=self.options.fsync)
         replace_file(self.path, name, encoded.parts, fsync=self.options.fsync)
         if index is None:
             with suppress(OSError):

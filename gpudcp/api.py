@@ -23,10 +23,10 @@ from gpudcp.errors import BackendUnavailableError, CheckpointBusyError, PlanErro
 from gpudcp.executors.remote import WriterProcess
 from gpudcp.options import Options
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
+from gpudcp.planners.overrides import are_untouched
 from gpudcp.ranks import Ranks
 from gpudcp.staging import Snapshot, Stager
 from gpudcp.storage.reader import GpuStorageReader
-from gpudcp.storage.sources import are_untouched
 from gpudcp.storage.writer import GpuStorageWriter
 
 _logger = logging.getLogger("gpudcp")
@@ -178,14 +178,22 @@ def _is_by_process(writer: StorageWriter, asked: AsyncCheckpointerType | None) -
     return is_asked
 
 
+_METHODS = (
+    *("set_up_planner", "create_local_plan", "lookup_object"),
+    *("resolve_data", "resolve_source", "resolve_sources", "transform_object"),
+)
+
+
 def _staged(
     state_dict: dict[str, Any], planner: SavePlanner, stager: AsyncStager | None, *, is_shared: bool
 ) -> Snapshot:
     values = _without_statefuls(state_dict)
     if stager is None:
-        # The rule goes by the planner's keys: only where those are the state dict's own can it be applied before.
-        is_by_key = are_untouched(planner, ("set_up_planner", "create_local_plan"), DefaultSavePlanner)
-        casts = planner.casts if isinstance(planner, DefaultSavePlanner) and is_by_key else None
+        casts = None
+        # The rule goes by the planner's keys: only where those are the state dict's own can it be applied before; and
+        # an override of what resolves the values has a right to those that the state dict has.
+        if isinstance(planner, DefaultSavePlanner) and are_untouched(planner, _METHODS, DefaultSavePlanner):
+            casts = planner.casts
         nested = getattr(planner, "flatten_state_dict", True)
         return _stager.stage(values, casts, nested=nested, is_shared=is_shared)
     taken = stager.stage(values)

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
 from gpudcp.planners import DefaultLoadPlanner
+from gpudcp.planners.overrides import are_untouched
 from gpudcp.ranks import Ranks
 from gpudcp.storage.reader import GpuStorageReader
-from gpudcp.storage.sources import are_untouched
 
 
 def run_save(

@@ -194,6 +194,25 @@ def test_the_planners_casts_are_applied_to_the_snapshot(tmp_path: Path, monkeypa
     assert torch.equal(found[0]["a"], saved["a"].bfloat16())
 
 
+@pytest.mark.parametrize("method", ["transform_object", "resolve_data"])
+def test_an_override_sees_the_dtype_that_the_state_dict_has(tmp_path: Path, method: str) -> None:
+    """As in a save."""
+    seen: list[torch.dtype] = []
+
+    def transform(self: Any, item: Any, value: Any) -> Any:
+        seen.append(value.dtype)
+        return gpudcp.DefaultSavePlanner.transform_object(self, item, value)
+
+    def resolve(self: Any, item: Any) -> Any:
+        return transform(self, item, self.lookup_object(item.index))
+
+    override = {"transform_object": transform, "resolve_data": resolve}[method]
+    planner = type("Overriding", (gpudcp.DefaultSavePlanner,), {method: override})(dtype=torch.bfloat16)
+    upload: Any = gpudcp.async_save({"a": torch.ones(3)}, tmp_path, planner=planner).upload_completion
+    upload.result()
+    assert seen == [torch.float32]
+
+
 def test_a_rule_that_would_cast_twice_is_left_to_the_writer(tmp_path: Path) -> None:
     """A callable that sends float32 to float16 and float16 to bfloat16 is asked once for each tensor."""
     turns = {torch.float32: torch.float16, torch.float16: torch.bfloat16}

@@ -176,10 +176,35 @@ def find_shard(value: Any, index: MetadataIndex) -> Any:
         return _dtensor_shard(value, index)
     if isinstance(value, ShardedTensor):
         return _sharded_tensor_shard(value, index)
-    at = _whole(value).offsets if isinstance(value, torch.Tensor) else None
-    if index.offset is not None and index.offset != at:
+    if index.offset is None:  # nor is a nested tensor asked for its sizes, which it has none of
+        return value
+    if not isinstance(value, torch.Tensor) or index.offset != _whole(value).offsets:
         raise PlanError(f"{index.fqn}: a {type(value).__qualname__} has no shard at {tuple(index.offset)}")
     return value
+
+
+def find_rows(value: Any, index: MetadataIndex) -> Any:
+    """As `find_shard`; and where ``index.offset`` is a row inside of a shard, that shard from this row on.
+
+    Raises:
+        PlanError: as `find_shard`.
+    """
+    if index.offset is None or not has_chunks(value):
+        return find_shard(value, index)
+    chunks = chunk_list(value, fqn=index.fqn)
+    if not any(chunk.offsets == index.offset for chunk in chunks):
+        for chunk in chunks:
+            if (row := row_at(index.offset, chunk.offsets, chunk.sizes)) is not None:
+                return find_shard(value, MetadataIndex(index.fqn, chunk.offsets))[row:]
+    return find_shard(value, index)
+
+
+def row_at(offset: Sequence[int], chunk_offsets: Sequence[int], lengths: Sequence[int]) -> int | None:
+    """Which row of a chunk begins at an offset in the whole tensor; None: none does."""
+    if not offset or len(offset) != len(chunk_offsets) or tuple(offset[1:]) != tuple(chunk_offsets[1:]):
+        return None
+    row = offset[0] - chunk_offsets[0]
+    return row if 0 <= row < lengths[0] else None
 
 
 def _own_method(value: Any, name: str) -> Callable[..., Any] | None:

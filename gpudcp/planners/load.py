@@ -164,7 +164,7 @@ class DefaultLoadPlanner(LoadPlanner):
     def resolve_tensors(self, items: ReadItems) -> list[torch.Tensor | None]:
         """`resolve_tensor` of all items at once, for storage that knows columns; None for objects."""
         local = self._local
-        if local is None:
+        if local is None or not local.is_of(self.state_dict):
             return [None if items.ndims[row] == NONE else self.resolve_tensor(item) for row, item in enumerate(items)]
         tensors = [local.tensors.get(items.fqns[name]) for name in items.name_ids.tolist()]
         lengths, ndims = items.boxes[:, 2].tolist(), items.ndims.tolist()
@@ -180,12 +180,12 @@ class DefaultLoadPlanner(LoadPlanner):
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
         """The tensor, or the shard of it, that a read item fills."""
-        local = self._local
-        if local is not None and (tensor := local.tensors.get(index.fqn)) is not None:
-            return tensor
         if index.fqn not in self.state_dict:
             raise PlanError(f"{index.fqn}: the state dict has no such key")
-        return find_shard(self.state_dict[index.fqn], index)  # type: ignore[no-any-return]
+        value = self.state_dict[index.fqn]
+        if self._local is not None and (tensor := self._local.tensor_of(index.fqn, value)) is not None:
+            return tensor
+        return find_shard(value, index)  # type: ignore[no-any-return]
 
     def transform_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> torch.Tensor:
         """The box of it that the read item fills."""
@@ -199,15 +199,15 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
     """Rebuilds the state dict from the checkpoint alone, in an empty dict: plain CPU tensors, and objects.
 
     Args:
-        keys: only these, and all that lies below them, by the checkpoint's names or their beginnings (``"model"``).
-            None: everything.
+        keys: only these, or this one, and all that lies below them, by the checkpoint's names or their beginnings
+            (``"model"``). None: everything.
         flatten_state_dict, flatten_sharded_tensors, allow_partial_load, on_dtype_mismatch, trust_pickle: as for
             `DefaultLoadPlanner`.
     """
 
-    def __init__(self, keys: Collection[str] | None = None, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, keys: Collection[str] | str | None = None, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.keys = None if keys is None else frozenset(keys)
+        self.keys = None if keys is None else frozenset({keys} if isinstance(keys, str) else keys)
 
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -246,12 +246,12 @@ class EmptyStateDictLoadPlanner(DefaultLoadPlanner):
 class _DestinationsMaker(LocalItemsMaker):
     """The chunks that a rank has of each value, to read into."""
 
-    def _others(self, fqn: str, value: Any) -> list[int]:
+    def _others(self, fqn: str, value: Any) -> list[tuple[str, int]]:
         if not has_items(value):
             return super()._others(fqn, value)
         properties, size = TensorProperties(dtype=value.dtype), value.size()
         return [
-            self._table.number(SHARD, properties, size, chunk.offsets, chunk.sizes)
+            (fqn, self._table.number(SHARD, properties, size, chunk.offsets, chunk.sizes))
             for chunk in chunk_list(value, fqn=fqn)
         ]
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import is_
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.tensor import DTensor
 
 from gpudcp._dcp import ShardedTensor, dtensor_parts, flatten_sharded_tensors, flatten_state_dict, local_box
@@ -18,7 +19,7 @@ from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
 from gpudcp.items import template_number
 from gpudcp.names import Names
 from gpudcp.planners.casts import CastRule
-from gpudcp.planners.items import write_items_for
+from gpudcp.planners.items import row_at, write_items_for
 
 _PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _CONTAINERS = (Mapping, list, tuple)
@@ -58,6 +59,37 @@ class LocalItems(NamedTuple):
     columns: SaveColumns
     tensors: dict[str, torch.Tensor]
     offsets: dict[str, Sizes]
+    values: dict[str, Any]
+    """What the items were made of: a planner may put other values in their places before they are resolved."""
+
+    def is_of(self, state_dict: Mapping[str, Any]) -> bool:
+        """Whether the state dict still has these very values, whatever else it has."""
+        if len(state_dict) == len(self.values):
+            return all(map(is_, state_dict.values(), self.values.values()))
+        return all(state_dict.get(fqn) is value for fqn, value in self.values.items())
+
+    def tensor_of(self, fqn: str, value: Any) -> torch.Tensor | None:
+        """The memory of a value; None where it is not one tensor, or not what was planned."""
+        tensor = self.tensors.get(fqn)
+        return tensor if tensor is not None and self.values[fqn] is value else None
+
+    def rows_of(self, value: Any, index: MetadataIndex) -> torch.Tensor | None:
+        """As `tensor_of`, from an offset on.
+
+        Raises:
+            PlanError: this rank has no row there.
+        """
+        if (tensor := self.tensor_of(index.fqn, value)) is None:
+            return None
+        start = self.offsets[index.fqn]
+        if index.offset is None or index.offset == start:
+            return tensor
+        if (row := row_at(index.offset, start, tensor.shape)) is None:
+            raise PlanError(
+                f"{index.fqn}: this rank has a chunk of {tuple(tensor.shape)} at {start}, and none at "
+                f"{tuple(index.offset)}"
+            )
+        return tensor[row:]
 
 
 class LocalItemsMaker:
@@ -100,11 +132,13 @@ class LocalItemsMaker:
                 number, start = found
                 tensors[fqn] = parts[0]
             else:
-                made = self._others(fqn, value)
-                if made:
-                    name_ids += [len(names)] * len(made)
-                    numbers += made
-                    names.append(fqn)
+                own_ids: dict[str, int] = {}
+                for own, number in self._others(fqn, value):
+                    if own not in own_ids:
+                        own_ids[own] = len(names)
+                        names.append(own)
+                    name_ids.append(own_ids[own])
+                    numbers.append(number)
                 continue
             offsets[fqn] = start
             name_ids.append(len(names))
@@ -118,19 +152,19 @@ class LocalItemsMaker:
             template_ids=np.array(numbers, dtype=np.int32),
             templates=self._table.templates(),
         )
-        return LocalItems(columns, tensors, offsets)
+        return LocalItems(columns, tensors, offsets, dict(state_dict))
 
-    def _others(self, fqn: str, value: Any) -> list[int]:
-        """The templates of what is neither a plain tensor nor a DTensor of one."""
+    def _others(self, fqn: str, value: Any) -> list[tuple[str, int]]:
+        """Names and templates of what is neither a plain tensor nor a DTensor of one; it may choose the names."""
         if is_whole(value) or not has_items(value):
-            return [self._table.number(OBJECT, None, (), (), ())]
+            return [(fqn, self._table.number(OBJECT, None, (), (), ()))]
         items = write_items_for(fqn, value)
         for item in items:
             if item.tensor_data is not None:
                 self._check_dtype(fqn, item.tensor_data.properties.dtype)
                 if self._casts is not None and isinstance(value, ShardedTensor):
                     item.tensor_data.properties.dtype = self._casts.dtype_of(fqn, value)
-        return [template_number(self._table, item) for item in items]
+        return [(item.index.fqn, template_number(self._table, item)) for item in items]
 
     def _plain(self, fqn: str, tensor: torch.Tensor) -> tuple[int, Sizes]:
         dtype = tensor.dtype

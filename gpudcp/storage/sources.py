@@ -17,6 +17,7 @@ from gpudcp.formats.objects import DumpedObject, unsafe_reason
 from gpudcp.items import WriteItems
 from gpudcp.options import Options
 from gpudcp.planners import DefaultSavePlanner
+from gpudcp.planners.overrides import are_untouched
 
 
 def literal_data(items: Sequence[WriteItem], planner: SavePlanner, options: Options) -> dict[int, bytes]:
@@ -160,12 +161,6 @@ def _resolves_to_the_state_dict(planner: SavePlanner) -> bool:
     """
     names = ("resolve_data", "lookup_object", "transform_object")
     return any(are_untouched(planner, names, each) for each in (DefaultSavePlanner, TorchSavePlanner))
-
-
-def are_untouched(value: object, names: Sequence[str], owner: type) -> bool:
-    """Whether these methods of a value are ``owner``'s: overridden neither by a subclass nor on the value itself."""
-    kind, own = type(value), getattr(value, "__dict__", {})
-    return all(getattr(kind, name, None) is getattr(owner, name, None) and name not in own for name in names)
 
 
 def _usable_resolve_source(planner: SavePlanner) -> Callable[[WriteItem], torch.Tensor] | None:

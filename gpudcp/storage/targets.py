@@ -18,7 +18,7 @@ from gpudcp.formats.objects import load_object
 from gpudcp.items import ReadItems
 from gpudcp.options import Options
 from gpudcp.planners import DefaultLoadPlanner
-from gpudcp.storage.sources import are_untouched
+from gpudcp.planners.overrides import are_untouched
 from gpudcp.storage.stored import StoredItem, is_object
 
 

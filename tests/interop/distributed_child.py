@@ -27,10 +27,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed._shard.sharded_tensor import ShardedTensor, init_from_local_shards
 from torch.distributed._shard.sharded_tensor.shard import Shard as LocalShard
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -44,6 +46,7 @@ from gpudcp.errors import (
     RankFailedError,
 )
 from gpudcp.files import commit, posix
+from gpudcp.planners import local_save_plan
 
 TIMEOUT = timedelta(seconds=60)
 Scenario = Callable[[Path], None]
@@ -321,6 +324,61 @@ def replicas_are_written_once(directory: Path) -> None:
     sizes = [path.stat().st_size for path in (directory / "replicas").glob("*.distcp")]
     assert sum(sizes) < 8 * full.numel() * 1.05, sizes
     assert len(sizes) == 4
+
+
+class OwnPlan(gpudcp.DefaultSavePlanner):
+    """Plans by itself, and so says nothing of what it planned to the methods that resolve it."""
+
+    def create_local_plan(self) -> SavePlan:
+        return local_save_plan(self.state_dict)
+
+
+class TorchsResolve(gpudcp.DefaultSavePlanner):
+    """Resolves as torch's planner does, which knows of no pieces."""
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        return self.transform_object(write_item, self.lookup_object(write_item.index))
+
+
+class OwnDTensor(DTensor):
+    """A subclass."""
+
+
+def pieces_of_replicas_are_right_whatever_holds_them(directory: Path) -> None:
+    """Large replicas, which are written by rows: under planners that resolve them otherwise, and in other tensors."""
+    full = interop_cases.patterned(torch.uint8, 4000, 1000, seed=10)
+    mesh, grid = mesh_of((-1,)), init_device_mesh("cpu", (dist.get_world_size(), 1))
+    replica = sharded(full, mesh, (None,))
+    subclass = sharded(full, mesh, (None,))
+    subclass.__class__ = OwnDTensor
+    wrapped = LocalShardsWrapper([full.clone()], [(0, 0)])  # type: ignore[no-untyped-call]
+    in_shards = DTensor.from_local(
+        wrapped, grid, [Replicate(), Shard(0)], run_check=False, shape=full.shape, stride=full.stride()
+    )
+    alone = [dist.new_group([rank], timeout=TIMEOUT) for rank in range(dist.get_world_size())][dist.get_rank()]
+    shards = [LocalShard.from_tensor_and_offsets(full.clone(), [0, 0], dist.get_rank())]
+    of_one_rank = init_from_local_shards(shards, full.shape, process_group=alone)
+    by_key = gpudcp.DefaultSavePlanner()
+    by_key.lookup_object = lambda index: locals_of(by_key.state_dict[index.fqn])  # type: ignore[method-assign]
+    cases: dict[str, tuple[Any, Any]] = {
+        "own_plan_of_a_tensor": (full.clone(), OwnPlan()),
+        "own_plan_of_a_dtensor": (replica, OwnPlan()),
+        "torchs_resolve": (full.clone(), TorchsResolve()),
+        "lookup_on_the_instance": (replica, by_key),
+        "dtensor_subclass": (subclass, None),
+        "shards_wrapper": (in_shards, None),
+        "sharded_tensor_of_one_rank": (of_one_rank, None),
+    }
+    for name, (value, planner) in cases.items():
+        writers = {
+            f"pieces_{name}": gpudcp.GpuStorageWriter(directory / f"pieces_{name}"),
+            f"pieces_{name}_by_stock": dcp.FileSystemWriter(directory / f"pieces_{name}_by_stock"),
+        }
+        for directory_name, writer in writers.items():
+            gpudcp.save({"w": value}, storage_writer=writer, planner=planner)
+            found = {"w": torch.zeros_like(full)}
+            dcp.load(found, checkpoint_id=directory / directory_name)
+            assert torch.equal(found["w"], full), directory_name
 
 
 def a_sub_mesh(directory: Path) -> None:
@@ -748,6 +806,7 @@ WORLDS: tuple[tuple[str, tuple[int, ...], tuple[Scenario, ...]], ...] = (
             four_ranks_load_what_two_saved,
             four_ranks_save,
             replicas_are_written_once,
+            pieces_of_replicas_are_right_whatever_holds_them,
             a_sub_mesh,
             a_process_group,
             without_dist,

@@ -186,6 +186,28 @@ def test_shares_level_out_what_the_ranks_write_besides() -> None:
     assert [nbytes_of(plan) for plan in found.plans] == [3000 * 1024, 3000 * 1024]
 
 
+def test_what_cannot_be_cut_is_placed_first() -> None:
+    """One row of half of all bytes between two tensors that can make up for it, and large rows of several sizes."""
+    sizes = [(50, 1 << 18), (1, 100 << 18), (50, 1 << 18)]
+    items = [item_of(f"t{n}", size, kind=WriteItemType.TENSOR) for n, size in enumerate(sizes)]
+    found = planned([items] * 2, split=True)
+    assert [nbytes_of(plan) for plan in found.plans] == [100 << 20, 100 << 20]
+    rows = [item_of(f"r{n}", (1, mib << 18), kind=WriteItemType.TENSOR) for n, mib in enumerate([2, 3, 3, 7, 5, 4])]
+    found = planned([rows] * 3, split=True)
+    assert sorted(nbytes_of(plan) >> 20 for plan in found.plans) == [7, 8, 9]
+
+
+def test_replicas_of_sets_of_ranks_that_overlap_are_shared_out_evenly() -> None:
+    """The rank in between leaves its own to those who have no other."""
+    of_two = [
+        item_of("a", (300, 4096), kind=WriteItemType.TENSOR),
+        item_of("b", (600, 4096), kind=WriteItemType.TENSOR),
+    ]
+    found = planned([of_two[:1], of_two, of_two[1:]], split=True)
+    loads = [nbytes_of(plan) for plan in found.plans]
+    assert max(loads) <= 1.01 * sum(loads) / 3
+
+
 def test_small_replicas_stay_whole() -> None:
     """A chunk more is not worth it."""
     small = item_of("small", (balance.SPLIT_NBYTES // 8 - 1, 2), kind=WriteItemType.TENSOR)

@@ -19,13 +19,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import default_planner as torch_planners
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import gpudcp
 from gpudcp import DefaultLoadPlanner, DefaultSavePlanner
 from gpudcp.errors import CorruptCheckpointError, MissingKeyError, PlanError, UnsafeCheckpointError
+from gpudcp.planners import tensor_write_item
 from gpudcp.planners.local import is_whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
@@ -209,6 +210,83 @@ def test_planner_data_that_are_no_paths_are_refused(planner_data: Any) -> None:
     plans, metadata = planned(planner, {"a": torch.ones(2)})
     assert plans[0].planner_data == "a rank's own"
     assert metadata.planner_data == {"a": ("a",)}
+
+
+def test_without_flattening_planner_data_are_the_planners_own() -> None:
+    """torch looks at them only where it flattens."""
+    planner = changing(DefaultSavePlanner, lambda plan: dataclasses.replace(plan, planner_data={"rank": 0}))(False)
+    plans, metadata = planned(planner, {"a": torch.ones(2)})
+    assert plans[0].planner_data == {"rank": 0}
+    assert metadata.planner_data is None
+
+
+def test_caching_works_where_every_rank_saves_for_itself(tmp_path: Path) -> None:
+    """The storage's ticket of this save travels with the word that the plan has not changed."""
+    planner = DefaultSavePlanner(enable_plan_caching=True)
+    for step in range(3):
+        state = {"a": torch.full((4,), float(step))}
+        gpudcp.save(state, tmp_path, planner=planner, use_collectives=False)
+        found = {"a": torch.zeros(4)}
+        gpudcp.load(found, tmp_path)
+        assert torch.equal(found["a"], state["a"])
+
+
+@pytest.mark.parametrize("base", [DefaultSavePlanner, torch_planners.DefaultSavePlanner])
+@pytest.mark.parametrize("is_in_place", [True, False])
+def test_values_that_a_subclass_puts_in_place_of_the_planned_ones_are_saved(
+    tmp_path: Path, base: type[Any], is_in_place: bool
+) -> None:
+    """As one that offloads or gathers does, once the plan is made."""
+
+    class Replacing(base):  # type: ignore[misc]
+        def finish_plan(self, new_plan: SavePlan) -> SavePlan:
+            replaced = {fqn: value * 10 for fqn, value in self.state_dict.items()}
+            if is_in_place:
+                self.state_dict.update(replaced)
+            else:
+                self.state_dict = replaced
+            return super().finish_plan(new_plan)  # type: ignore[no-any-return]
+
+    gpudcp.save({"a": torch.ones(4)}, tmp_path, planner=Replacing())
+    found = {"a": torch.zeros(4)}
+    gpudcp.load(found, tmp_path)
+    assert torch.equal(found["a"], torch.full((4,), 10.0))
+
+
+def test_values_that_a_subclass_puts_in_place_of_the_planned_ones_are_loaded_into(tmp_path: Path) -> None:
+    """Tensors of the same shape elsewhere."""
+    gpudcp.save({"a": torch.ones(3)}, tmp_path)
+    elsewhere: dict[str, torch.Tensor] = {}
+
+    class Replacing(DefaultLoadPlanner):
+        def finish_plan(self, new_plan: Any) -> Any:
+            elsewhere.update({fqn: torch.zeros_like(value) for fqn, value in self.state_dict.items()})
+            self.state_dict = {**elsewhere}
+            return super().finish_plan(new_plan)
+
+    gpudcp.load({"a": torch.zeros(3)}, tmp_path, planner=Replacing())
+    assert elsewhere["a"].tolist() == [1, 1, 1]
+
+
+class Parts:
+    """Says itself what its items are, under names of its own."""
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        return [tensor_write_item(f"{fqn}.{name}", torch.empty(2)) for name in "ab"]
+
+
+@pytest.mark.parametrize("base", [DefaultSavePlanner, torch_planners.DefaultSavePlanner])
+def test_a_value_may_choose_the_names_of_its_items(tmp_path: Path, base: type[Any]) -> None:
+    """The planner that knows of it looks them up."""
+
+    class Knowing(base):  # type: ignore[misc]
+        def lookup_object(self, index: MetadataIndex) -> Any:
+            return torch.full((2,), float("ab".index(index.fqn[-1])))
+
+    gpudcp.save({"parts": Parts()}, tmp_path, planner=Knowing())
+    found = {"parts.a": torch.ones(2), "parts.b": torch.zeros(2)}
+    gpudcp.load(found, tmp_path)
+    assert [value.tolist() for value in found.values()] == [[0, 0], [1, 1]]
 
 
 class Subclass(torch.Tensor):

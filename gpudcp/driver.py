@@ -10,7 +10,6 @@ Load: read metadata, set up, local plan | gather, global plan on the coordinator
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -19,10 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 
-from gpudcp.planners import DefaultLoadPlanner
-from gpudcp.planners.overrides import are_untouched
 from gpudcp.ranks import Ranks
-from gpudcp.storage.reader import GpuStorageReader
 
 
 def run_save(
@@ -73,9 +69,6 @@ def run_load(
 ) -> None:
     """Load into what ``state_dict`` returns, in which no value is Stateful any more."""
     own: list[LoadPlan] = []
-    stays_local = are_untouched(planner, ("create_global_plan",), DefaultLoadPlanner) and are_untouched(
-        reader, ("prepare_global_plan",), GpuStorageReader
-    )
 
     def local_plan() -> tuple[LoadPlan, bool]:
         wanted = state_dict()
@@ -84,8 +77,7 @@ def run_load(
         known = {"rank": ranks.rank, "use_collectives": use_collectives}
         reader.set_up_storage_reader(metadata, ranks.is_coordinator, **_accepted(reader.set_up_storage_reader, known))
         own.append(reader.prepare_local_plan(planner.create_local_plan()))
-        # The coordinator needs no item of a plan that it does not change: what the reader says of it is enough.
-        return dataclasses.replace(own[0], items=[]) if stays_local else own[0], use_collectives
+        return own[0], use_collectives
 
     def global_plan(plans: list[LoadPlan]) -> list[LoadPlan]:
         return reader.prepare_global_plan(planner.create_global_plan(plans))
@@ -98,8 +90,6 @@ def run_load(
     def read(plan: LoadPlan | None) -> None:
         if plan is None:  # ranks that saved without collectives load without them
             plan = global_plan(own)[0]
-        elif stays_local:
-            plan = dataclasses.replace(plan, items=own[0].items)
         reader.read_data(planner.finish_plan(plan), planner).wait()
 
     plan = ranks.reduce_scatter("plan", local_plan, global_plan_if_shared)

@@ -168,6 +168,8 @@ class ReadItems(_LazyItems[ReadItem]):
         """n x 3 x D: offsets into the destination, offsets into the saved chunk, lengths."""
         self.ndims = ndims
         """NONE: an object."""
+        self.stay_on_rank = False
+        """Whether no other rank needs to see them."""
 
     @property
     def is_unchanged(self) -> bool:
@@ -207,6 +209,16 @@ class ReadItems(_LazyItems[ReadItem]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return list, (self._list(),)
+
+
+class StayingItems(list[ReadItem]):
+    """Read items that no other rank needs to see."""
+
+    stay_on_rank = True
+
+
+class KeptItems(list[ReadItem]):
+    """Stands for items that stay with the reader, while their plan goes to the coordinator and back; itself empty."""
 
 
 class WriteTemplates:

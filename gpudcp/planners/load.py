@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import warnings
 from collections.abc import Collection, Mapping
@@ -16,11 +17,12 @@ from gpudcp.arrays import NONE, Path
 from gpudcp.columns import SHARD, CheckpointColumns
 from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.formats.objects import load_object
-from gpudcp.items import ReadItems
+from gpudcp.items import ReadItems, StayingItems
 from gpudcp.planners.closest import missing_keys_text
 from gpudcp.planners.items import chunk_list, find_shard
 from gpudcp.planners.local import LocalItems, LocalItemsMaker, flattened, has_items
 from gpudcp.planners.matching import Match
+from gpudcp.planners.overrides import are_untouched
 from gpudcp.planners.plans import local_load_plan
 from gpudcp.planners.state_dicts import init_state_dict
 from gpudcp.views import ColumnMetadata
@@ -94,8 +96,12 @@ class DefaultLoadPlanner(LoadPlanner):
             flat, paths = flatten_as_torch_2_3(self.original_state_dict)
             if any(fqn in saved and fqn not in self.state_dict for fqn in flat):
                 self.state_dict, self.mappings = flat, paths
+        # Nobody looks at them again but the reader.
+        stay_on_rank = are_untouched(self, ("create_global_plan", "finish_plan"), DefaultLoadPlanner)
         if isinstance(self.metadata, ColumnMetadata) and self.metadata.is_unchanged:
-            return LoadPlan(self._read_items(self.metadata.columns))  # type: ignore[arg-type]
+            items = self._read_items(self.metadata.columns)
+            items.stay_on_rank = stay_on_rank
+            return LoadPlan(items)  # type: ignore[arg-type]
         plan = local_load_plan(self.state_dict, self.metadata, not self.allow_partial_load)
         if self.on_dtype_mismatch != "cast":
             self._check_dtypes(
@@ -105,7 +111,7 @@ class DefaultLoadPlanner(LoadPlanner):
                     if isinstance(value, torch.Tensor) and isinstance(entry := saved.get(fqn), TensorStorageMetadata)
                 }
             )
-        return plan
+        return dataclasses.replace(plan, items=StayingItems(plan.items)) if stay_on_rank else plan
 
     def _read_items(self, checkpoint: CheckpointColumns) -> ReadItems:
         wanted = self.state_dict

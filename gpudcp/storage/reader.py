@@ -24,6 +24,7 @@ from gpudcp.errors import (
     CheckpointBusyError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    PlanError,
     TransferError,
 )
 from gpudcp.executors.base import Executor
@@ -32,8 +33,9 @@ from gpudcp.files.commit import metadata_file_name
 from gpudcp.files.ways import described
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
-from gpudcp.items import ReadItems
+from gpudcp.items import KeptItems, ReadItems
 from gpudcp.options import Options
+from gpudcp.planners.overrides import are_untouched
 from gpudcp.records import ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
 from gpudcp.storage.learning import learn
@@ -76,6 +78,7 @@ class GpuStorageReader(StorageReader):
         self._rank: int | None = None
         self._metadata: Metadata | None = None
         self._metadata_error: Exception | None = None
+        self._kept: list[ReadItem] | None = None
         self._files = OpenFiles(self.path)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -142,13 +145,22 @@ class GpuStorageReader(StorageReader):
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:  # noqa: ARG002
         """Take the metadata that the plans are made of."""
         self._metadata = metadata
+        self._kept = None
         self._files.close()  # of a load that went no further
         self.report = None
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Open the files that the plan needs: from here on they stay readable, whatever a newer save removes."""
+        """Open the files that the plan needs: from here on they stay readable, whatever a newer save removes.
+
+        Items that only this rank needs stay here, and a stand-in travels.
+        """
         self._open_files(plan.items)
-        return dataclasses.replace(plan, storage_data=_save_id(self._known_metadata()))
+        stay = getattr(plan.items, "stay_on_rank", False) and are_untouched(
+            self, ("prepare_global_plan", "read_data"), GpuStorageReader
+        )
+        self._kept = plan.items if stay else None
+        items = KeptItems() if stay else plan.items
+        return dataclasses.replace(plan, items=items, storage_data=_save_id(self._known_metadata()))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Check that every rank has opened the same checkpoint."""
@@ -201,6 +213,10 @@ class GpuStorageReader(StorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read this rank's items into the tensors that the planner resolves."""
+        if isinstance(plan.items, KeptItems):
+            if self._kept is None:
+                raise PlanError(f"{self.path}: this plan's items were kept by another reader")
+            plan = dataclasses.replace(plan, items=self._kept)
         try:
             with collector_paused():
                 self._read_data(plan, planner)

@@ -43,6 +43,7 @@ from gpudcp.errors import (
     TransferError,
 )
 from gpudcp.files.posix import PosixReader
+from gpudcp.items import KeptItems
 
 
 def load(directory: Path, **options: Any) -> dict[str, Any]:
@@ -750,6 +751,38 @@ def test_a_reader_is_used_for_several_loads_and_directories(checkpoint: Path, tm
     found = blank_state()
     load_it(found, checkpoint_id=checkpoint, storage_reader=reader)
     assert is_same(found, state_of(2.0))
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_read_items_stay_on_their_rank(tmp_path: Path, has_index: bool) -> None:
+    """What goes to the coordinator and back is a few bytes; a planner that looks at plans on the way sees them all."""
+    state = {f"t{i:04}": torch.full((2,), float(i)) for i in range(2000)}
+    gpudcp.save(state, tmp_path)
+    if not has_index:
+        (tmp_path / ".metadata.index").unlink()
+    seen: list[int] = []
+
+    class Looking(gpudcp.DefaultLoadPlanner):
+        def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+            seen.append(len(pickle.loads(pickle.dumps(global_plan[0])).items))
+            return global_plan
+
+    for planner in (gpudcp.DefaultLoadPlanner(), Looking()):
+        reader = GpuStorageReader(tmp_path)
+        metadata = reader.read_metadata()
+        found = {key: torch.zeros(2) for key in state}
+        planner.set_up_planner(found, metadata, is_coordinator=True)
+        reader.set_up_storage_reader(metadata, is_coordinator=True)
+        sent = pickle.dumps(reader.prepare_local_plan(planner.create_local_plan()))
+        (back,) = reader.prepare_global_plan(planner.create_global_plan([pickle.loads(sent)]))
+        reader.read_data(planner.finish_plan(pickle.loads(pickle.dumps(back))), planner).wait()
+        assert is_same(found, state)
+        assert (len(sent) < 1000) is (type(planner) is gpudcp.DefaultLoadPlanner)
+    assert seen == [2000]
+    other = GpuStorageReader(tmp_path)
+    other.set_up_storage_reader(other.read_metadata(), is_coordinator=True)
+    with pytest.raises(PlanError, match="kept by another reader"):
+        other.read_data(LoadPlan(KeptItems()), gpudcp.DefaultLoadPlanner())
 
 
 def test_a_reader_that_was_not_set_up_says_so(checkpoint: Path) -> None:

@@ -6,10 +6,14 @@ Tried with torch 2.13.0. A torch whose private names changed fails here with one
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from datetime import timedelta
 from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
@@ -33,8 +37,10 @@ __all__ = [
     "flatten_as_torch_2_3",
     "flatten_sharded_tensors",
     "flatten_state_dict",
+    "group_timeout",
     "item_extras",
     "local_box",
+    "new_gloo_group",
     "set_element",
     "storage_info",
 ]
@@ -86,6 +92,43 @@ def dtensor_with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:
     make: Any = DTensor
     made: DTensor = make(local, tensor._spec, requires_grad=tensor.requires_grad)
     return made
+
+
+def group_timeout(group: dist.ProcessGroup) -> timedelta | None:
+    """How long the group's collectives wait; None: torch does not say."""
+    for device in group._device_types:
+        timeout = getattr(getattr(group._get_backend(device), "options", None), "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return None
+
+
+def new_gloo_group(ranks: Sequence[int], name: str, timeout: timedelta | None) -> dist.ProcessGroup:
+    """A gloo group of these ranks, in this order, made by them alone.
+
+    `dist.new_group` is for all ranks of the world together or, with ``use_local_synchronization``, goes by how many
+    groups a rank is in, and so waits for ever where one is in more than another.
+
+    Args:
+        ranks: global ones; this process's is among them.
+        name: the same on all of them, and that of no other group.
+        timeout: of its collectives; None: torch's default.
+    """
+    world: Any = distributed_c10d._world
+    _, store = world.pg_map[world.default_pg]
+    make: Any = distributed_c10d._new_process_group_helper
+    group: dist.ProcessGroup
+    group, _ = make(
+        len(ranks),
+        list(ranks).index(dist.get_rank()),
+        list(ranks),
+        dist.Backend("gloo"),
+        store,
+        name,
+        timeout=timeout or distributed_c10d.default_pg_timeout,
+    )
+    world.pg_group_ranks[group] = {rank: number for number, rank in enumerate(ranks)}
+    return group
 
 
 def flatten_as_torch_2_3(state_dict: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +24,7 @@ from gpudcp.collector import collector_paused
 from gpudcp.driver import run_load, run_save
 from gpudcp.errors import BackendUnavailableError, CheckpointBusyError, PlanError
 from gpudcp.executors.remote import WriterProcess
-from gpudcp.options import Options
+from gpudcp.options import Options, world_size_of_launcher
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
 from gpudcp.planners.overrides import are_untouched
 from gpudcp.ranks import Ranks
@@ -65,16 +68,39 @@ def save(
     Raises:
         GpuDcpError: one of its tree; see `gpudcp.errors`.
     """
-    _background.wait()  # a writer in use must not be pointed elsewhere; what went wrong is raised by all ranks, below
-    writer = _writer(checkpoint_id, storage_writer, options, "save")
+
+    def writer() -> StorageWriter:
+        _background.settle()  # before a writer in use is pointed elsewhere
+        return _writer(checkpoint_id, storage_writer, options, "save")
 
     def values() -> dict[str, Any]:
-        _background.settle()
         return _without_statefuls(state_dict)
 
     ranks = Ranks(process_group, no_dist=_is_alone(no_dist))
     with collector_paused():
         return run_save(values, writer, planner or DefaultSavePlanner(), ranks, use_collectives=use_collectives)
+
+
+@dataclass
+class BackgroundSave(AsyncSaveResponse):
+    """What `async_save` returns: torch's response, and as good as the Future that torch returns by default."""
+
+    def result(self, timeout: float | None = None) -> Metadata:
+        """The Metadata, when the checkpoint is committed; raises what the save raised."""
+        metadata: Any = self.upload_completion.result(timeout)
+        return metadata  # type: ignore[no-any-return]
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """What the save raised."""
+        return self.upload_completion.exception(timeout)
+
+    def done(self) -> bool:
+        """Whether the checkpoint is committed, or the save has failed."""
+        return self.upload_completion.done()
+
+    def add_done_callback(self, call: Callable[[Any], object]) -> None:
+        """Call with the future, when the save is done."""
+        self.upload_completion.add_done_callback(call)
 
 
 def async_save(
@@ -89,7 +115,7 @@ def async_save(
     no_dist: bool = False,
     use_collectives: bool = True,
     options: Options | None = None,
-) -> AsyncSaveResponse:
+) -> BackgroundSave:
     """Save a state dict in the background: on return it may be trained on, and the checkpoint holds what it was.
 
     The snapshot is taken at once, into memory that is used again by the next one; a thread writes it. At most one save
@@ -105,7 +131,7 @@ def async_save(
 
     Returns:
         ``.staging_completion`` is done when the snapshot is taken, ``.upload_completion`` with the checkpoint's
-        Metadata when it is committed; both raise what went wrong.
+        Metadata when it is committed; both raise what went wrong. ``.result()`` and the like are the second's.
 
     Raises:
         GpuDcpError: the snapshot cannot be taken, or an earlier save failed; on the other ranks their futures say so.
@@ -113,19 +139,25 @@ def async_save(
     planner = planner or DefaultSavePlanner()
     is_alone = _is_alone(no_dist)
     group = None if is_alone else group_for_background(process_group)
-    prepared: Future[tuple[StorageWriter, Snapshot]] = Future()
+    taken: list[tuple[StorageWriter, Snapshot]] = []
+    failed: list[BaseException] = []
+
+    def snapshot() -> tuple[StorageWriter, Snapshot]:
+        if failed:
+            raise failed[0]
+        return taken[0]
 
     def act() -> Metadata:
         ranks = Ranks(group, no_dist=is_alone)
         # A rank that has nothing to save must not leave the others waiting for it.
-        writer, snapshot = ranks.vote("snapshot", prepared.result)
+        writer, values = ranks.vote("snapshot", snapshot)
 
-        def values() -> dict[str, Any]:
-            snapshot.finish()
-            return snapshot.state_dict
+        def state() -> dict[str, Any]:
+            values.finish()
+            return values.state_dict
 
         try:
-            return run_save(values, writer, planner, ranks, use_collectives=use_collectives)
+            return run_save(state, lambda: writer, planner, ranks, use_collectives=use_collectives)
         finally:
             if isinstance(writer, GpuStorageWriter):
                 writer.writer_process = None  # for this save only
@@ -133,20 +165,20 @@ def async_save(
     with _background.calls:
         try:
             _background.settle()
-            if checkpoint_id and storage_writer is None and GpuStorageWriter.validate_checkpoint_id(checkpoint_id):
-                checkpoint_id = os.path.abspath(checkpoint_id)  # wherever the process is by then
             writer = _writer(checkpoint_id, storage_writer, options, "async_save")
+            if isinstance(writer, GpuStorageWriter):
+                writer.path = os.path.abspath(writer.path)  # wherever the process is by then
             is_by_process = _is_by_process(writer, async_checkpointer_type)
-            prepared.set_result((writer, _staged(state_dict, planner, async_stager, is_shared=is_by_process)))
+            taken.append((writer, _staged(state_dict, planner, async_stager, is_shared=is_by_process)))
         except BaseException as error:
-            prepared.set_exception(error)
+            failed.append(error)
         upload: Any = _background.begin(act)
-    if prepared.exception() is not None:
+    if failed:
         upload.exception()
-    prepared.result()
+        raise failed[0]
     staging: Future[None] = Future()
     staging.set_result(None)
-    return AsyncSaveResponse(staging_completion=staging, upload_completion=upload)
+    return BackgroundSave(staging_completion=staging, upload_completion=upload)
 
 
 _background = BackgroundSaves()
@@ -233,22 +265,20 @@ def load(
     Raises:
         GpuDcpError: one of its tree; see `gpudcp.errors`.
     """
-    if storage_reader is None:
-        storage_reader = GpuStorageReader(_required(checkpoint_id, "storage_reader"), options=options)
-    elif options is not None:
-        raise PlanError(
-            "options go to the storage_reader that is given, GpuStorageReader(path, options=...), not to load"
-        )
-    elif checkpoint_id is not None:
-        storage_reader.reset(checkpoint_id)
-    if planner is None:
-        is_trusted = isinstance(storage_reader, GpuStorageReader) and storage_reader.options.trust_pickle
-        planner = DefaultLoadPlanner(trust_pickle=is_trusted)
+    made: list[tuple[StorageReader, LoadPlanner]] = []
+
+    def storage_and_planner() -> tuple[StorageReader, LoadPlanner]:
+        if not made:
+            _background.wait()  # what it writes may be what is wanted
+            made.append(_reader_and_planner(checkpoint_id, storage_reader, planner, options))
+        return made[0]
+
     ranks = Ranks(process_group, no_dist=_is_alone(no_dist))
     loaded: dict[str, Any] = {}
 
     def values() -> dict[str, Any]:
         loaded.clear()
+        _check_state_dict(state_dict)
         # All ranks go through the keys in one order, as a Stateful may call collectives.
         for key in sorted(state_dict):
             value = state_dict[key]
@@ -257,11 +287,11 @@ def load(
 
     with collector_paused():
         try:
-            run_load(values, storage_reader, planner, ranks)
+            run_load(values, storage_and_planner, ranks)
         except CheckpointBusyError as busy:
             _logger.info("%s; loading the newer checkpoint", busy)
-            storage_reader.reset()
-            run_load(values, storage_reader, planner, ranks)
+            made[0][0].reset()
+            run_load(values, storage_and_planner, ranks)
     # Also what a planner has put there, as one does that rebuilds an empty state dict.
     for key in sorted(loaded):
         if key in state_dict and _is_stateful(state_dict[key]):
@@ -284,8 +314,35 @@ def _writer(
     return writer
 
 
+def _reader_and_planner(
+    checkpoint_id: str | os.PathLike[str] | None,
+    reader: StorageReader | None,
+    planner: LoadPlanner | None,
+    options: Options | None,
+) -> tuple[StorageReader, LoadPlanner]:
+    if reader is None:
+        reader = GpuStorageReader(_required(checkpoint_id, "storage_reader"), options=options)
+    elif options is not None:
+        raise PlanError(
+            "options go to the storage_reader that is given, GpuStorageReader(path, options=...), not to load"
+        )
+    elif checkpoint_id is not None:
+        reader.reset(checkpoint_id)
+    if planner is None:
+        is_trusted = isinstance(reader, GpuStorageReader) and reader.options.trust_pickle
+        planner = DefaultLoadPlanner(trust_pickle=is_trusted)
+    return reader, planner
+
+
 def _without_statefuls(state_dict: dict[str, Any]) -> dict[str, Any]:
+    _check_state_dict(state_dict)
     return {key: value.state_dict() if _is_stateful(value) else value for key, value in state_dict.items()}
+
+
+def _check_state_dict(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        hint = "; pass its state_dict()" if hasattr(state_dict, "state_dict") else ""
+        raise PlanError(f"the state dict is a {type(state_dict).__name__}, not a dict{hint}")
 
 
 def _required(checkpoint_id: str | os.PathLike[str] | None, alternative: str) -> str | os.PathLike[str]:
@@ -295,10 +352,18 @@ def _required(checkpoint_id: str | os.PathLike[str] | None, alternative: str) ->
 
 
 def _is_alone(no_dist: bool) -> bool:
-    if no_dist or not (dist.is_available() and dist.is_initialized()):
-        _logger.debug("no process group: this process saves and loads alone")
+    if no_dist:
         return True
-    return False
+    if dist.is_available() and dist.is_initialized():
+        return False
+    if (launched := world_size_of_launcher()) > 1:
+        warnings.warn(
+            f"{launched} ranks were launched, but there is no process group: each saves and loads alone; call "
+            "torch.distributed.init_process_group first, or pass no_dist=True",
+            UserWarning,
+            stacklevel=3,
+        )
+    return True
 
 
 _stateful_types: dict[type, bool] = {}

@@ -6,14 +6,17 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent import futures
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
+from gpudcp._dcp import group_timeout, new_gloo_group
 from gpudcp.executors.capture import relax_stream_capture
+from gpudcp.ranks import Ranks
 
 _logger = logging.getLogger("gpudcp")
 
@@ -47,7 +50,7 @@ class BackgroundSaves:
     """
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
+        self._waits_at_exit = False
         self._last: UploadFuture | None = None
         self._guard = threading.Lock()
         self.calls = threading.RLock()
@@ -75,7 +78,7 @@ class BackgroundSaves:
             raise error
 
     def begin(self, act: Callable[[], Metadata]) -> UploadFuture:
-        """Run ``act`` in the background, when what was begun before has ended."""
+        """Run ``act`` in the background. What was begun before must have ended: see `settle`."""
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         future = UploadFuture()
         # All ranks save together, so no rank can take its part back: ``cancel()`` returns False.
@@ -91,13 +94,21 @@ class BackgroundSaves:
                 _logger.error("a background save failed: %s: %s", type(error).__name__, error)
                 future.set_exception(error)
 
+        thread = threading.Thread(target=run, name=_THREAD_NAME)
         with self._guard:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(1, _THREAD_NAME)
+            if not self._waits_at_exit:
                 # Private, but the one hook before Python refuses new work to every thread pool, which a save needs.
                 threading._register_atexit(self.wait)  # type: ignore[attr-defined]
-            self._pool.submit(run)  # raises at the interpreter's exit, and then nothing is in flight
+                self._waits_at_exit = True
+            # Known before it runs: whatever interrupts this call, the next snapshot waits for it.
             self._last = future
+            try:
+                thread.start()
+            except BaseException as error:
+                if thread.ident is None:  # it will never run, as at the interpreter's exit
+                    self._last = None
+                    future.set_exception(error)
+                raise
         return future
 
 
@@ -108,6 +119,9 @@ def group_for_background(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     """A gloo group of the same ranks, which no other thread uses; made once, by all ranks of the group together.
 
     A collective of training and one of a background save on one gloo group wait for each other until the timeout.
+
+    Raises:
+        GpuDcpError: the ranks of the group do not answer; making a group would wait for them.
     """
     ranks = tuple(dist.get_process_group_ranks(group))
     key: tuple[Any, ...] = (dist.group.WORLD, ranks)
@@ -115,7 +129,11 @@ def group_for_background(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
         del _groups[other]  # of a world that was destroyed
     known = _groups.get(key)
     if known is None:
-        known = _groups[key] = dist.new_group(list(ranks), backend="gloo", use_local_synchronization=True)
+        own = group or dist.group.WORLD
+        assert own is not None
+        # Over the caller's own group, which hears of a rank that has died.
+        name = Ranks(group, no_dist=False).reduce_broadcast("background group", list, lambda _: f"gpudcp-{uuid4().hex}")
+        known = _groups[key] = new_gloo_group(ranks, name, group_timeout(own))
     return known
 
 

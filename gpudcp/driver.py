@@ -23,16 +23,21 @@ from gpudcp.ranks import Ranks
 
 def run_save(
     state_dict: Callable[[], dict[str, Any]],
-    writer: StorageWriter,
+    storage: Callable[[], StorageWriter],
     planner: SavePlanner,
     ranks: Ranks,
     *,
     use_collectives: bool,
 ) -> Metadata:
-    """Save what ``state_dict`` returns, in which no value is Stateful any more; return the checkpoint's Metadata."""
+    """Save what ``state_dict`` returns, in which no value is Stateful any more; return the checkpoint's Metadata.
+
+    ``state_dict`` and ``storage`` are called in the first step, so that what they raise on one rank is raised on all.
+    """
+    writers: list[StorageWriter] = []
     made: list[Metadata] = []
 
     def local_plan() -> SavePlan:
+        writers.append(writer := storage())
         _call_set_up_planner(planner, state_dict(), writer, is_coordinator=ranks.is_coordinator)
         known = {"rank": ranks.rank, "use_collectives": use_collectives}
         writer.set_up_storage_writer(ranks.is_coordinator, **_accepted(writer.set_up_storage_writer, known))
@@ -41,15 +46,15 @@ def run_save(
     def global_plan(plans: list[SavePlan]) -> list[SavePlan]:
         planned, metadata = planner.create_global_plan(plans)
         made.append(metadata)
-        return writer.prepare_global_plan(planned)
+        return writers[0].prepare_global_plan(planned)
 
     def write(plan: SavePlan) -> list[WriteResult]:
-        future = writer.write_data(planner.finish_plan(plan), planner)
+        future = writers[0].write_data(planner.finish_plan(plan), planner)
         results: list[WriteResult] = future.wait()
         return results
 
     def finish(results: list[list[WriteResult]]) -> Metadata:
-        writer.finish(metadata=made[0], results=results)
+        writers[0].finish(metadata=made[0], results=results)
         return made[0]
 
     try:
@@ -58,19 +63,28 @@ def run_save(
             return ranks.reduce_broadcast("write", lambda: write(plan()), finish)
         return ranks.vote("save", lambda: finish([write(global_plan([local_plan()])[0])]))
     except BaseException:
-        # Ours lets go of the directory at once; torch's writers have nothing of the kind.
-        if (release := getattr(writer, "release", None)) is not None:
-            release()
+        for writer in writers:
+            # Ours lets go of the directory at once; torch's writers have nothing of the kind.
+            if (release := getattr(writer, "release", None)) is not None:
+                release()
         raise
 
 
 def run_load(
-    state_dict: Callable[[], dict[str, Any]], reader: StorageReader, planner: LoadPlanner, ranks: Ranks
+    state_dict: Callable[[], dict[str, Any]],
+    storage_and_planner: Callable[[], tuple[StorageReader, LoadPlanner]],
+    ranks: Ranks,
 ) -> None:
-    """Load into what ``state_dict`` returns, in which no value is Stateful any more."""
+    """Load into what ``state_dict`` returns, in which no value is Stateful any more.
+
+    Both are called in the first step, so that what they raise on one rank is raised on all.
+    """
+    made: list[tuple[StorageReader, LoadPlanner]] = []
     own: list[LoadPlan] = []
 
     def local_plan() -> tuple[LoadPlan, bool]:
+        made.append(storage_and_planner())
+        reader, planner = made[0]
         wanted = state_dict()
         metadata, use_collectives = _read_metadata(reader, ranks.rank)
         planner.set_up_planner(wanted, metadata, ranks.is_coordinator)
@@ -80,14 +94,16 @@ def run_load(
         return own[0], use_collectives
 
     def global_plan(plans: list[LoadPlan]) -> list[LoadPlan]:
+        reader, planner = made[0]
         return reader.prepare_global_plan(planner.create_global_plan(plans))
 
-    def global_plan_if_shared(made: list[tuple[LoadPlan, bool]]) -> list[LoadPlan | None]:
-        if all(use_collectives for _, use_collectives in made):
-            return [*global_plan([plan for plan, _ in made])]
-        return [None] * len(made)
+    def global_plan_if_shared(plans: list[tuple[LoadPlan, bool]]) -> list[LoadPlan | None]:
+        if all(use_collectives for _, use_collectives in plans):
+            return [*global_plan([plan for plan, _ in plans])]
+        return [None] * len(plans)
 
     def read(plan: LoadPlan | None) -> None:
+        reader, planner = made[0]
         if plan is None:  # ranks that saved without collectives load without them
             plan = global_plan(own)[0]
         reader.read_data(planner.finish_plan(plan), planner).wait()

@@ -90,6 +90,12 @@ def ranks_of_this_node() -> int:
     return int(given) if given.isdecimal() and int(given) > 0 else 1
 
 
+def world_size_of_launcher() -> int:
+    """How many ranks torchrun has started; 1 where nobody says."""
+    given = os.environ.get("WORLD_SIZE", "")
+    return int(given) if given.isdecimal() and int(given) > 0 else 1
+
+
 def is_first_rank_of_node() -> bool:
     """Whether this process is the one of its machine that speaks for all; True where nobody says."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -75,6 +75,8 @@ class Ranks:
         self._group = group
         self._is_alone = no_dist
         self.rank = 0 if no_dist else dist.get_rank(group)
+        if self.rank < 0:
+            raise PlanError(f"rank {dist.get_rank()} is not in the process group that it was given")
         self._size = 1 if no_dist else dist.get_world_size(group)
         self._coordinator = 0 if no_dist or group is None else dist.get_global_rank(group, 0)
         self.is_coordinator = self.rank == 0

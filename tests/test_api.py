@@ -291,3 +291,21 @@ def test_every_error_of_a_call_is_of_one_tree(tmp_path: Path) -> None:
         gpudcp.save({"a": 1}, tmp_path, planner=Failing())
     assert isinstance(told.value.__cause__, Own)
     assert told.value.ranks == {0: "Own: first line"}
+
+
+def test_what_is_no_state_dict_is_named(tmp_path: Path) -> None:
+    """With what was probably meant."""
+    with pytest.raises(PlanError, match=r"is a Linear, not a dict; pass its state_dict\(\)$"):
+        gpudcp.save(torch.nn.Linear(2, 2), tmp_path)  # type: ignore[arg-type]
+    gpudcp.save({"a": torch.ones(1)}, tmp_path)
+    with pytest.raises(PlanError, match=r"is a list, not a dict$"):
+        gpudcp.load([], tmp_path)  # type: ignore[arg-type]
+
+
+def test_launched_ranks_without_a_process_group_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would save into the others' directory, as if it were alone."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.warns(UserWarning, match="4 ranks were launched, but there is no process group") as warned:
+        gpudcp.save({"a": torch.ones(1)}, tmp_path)
+    assert warned[0].filename == __file__
+    gpudcp.load({"a": torch.zeros(1)}, tmp_path, no_dist=True)

@@ -422,6 +422,55 @@ def test_a_save_in_flight_cannot_be_cancelled(tmp_path: Path) -> None:
     upload.result()
 
 
+def test_the_response_is_as_good_as_torchs_future(tmp_path: Path) -> None:
+    """As ``dcp.async_save`` returns by default: loops wait for its result."""
+    done: list[Any] = []
+    response = gpudcp.async_save({"a": torch.ones(3)}, tmp_path)
+    response.add_done_callback(done.append)
+    assert response.result(timeout=60).state_dict_metadata.keys() == {"a"}
+    assert response.done()
+    assert response.exception() is None
+    api._background.wait()
+    assert done == [response.upload_completion]
+
+
+def test_a_call_that_is_interrupted_loses_sight_of_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the next snapshot would be taken into memory that is still being written, and checksummed as it is."""
+    gpudcp.async_save({"a": torch.zeros(1000)}, tmp_path / "0").result()
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.startswith("gpudcp-async"):
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    writer = Held(tmp_path / "1")
+    with pytest.raises(KeyboardInterrupt):
+        gpudcp.async_save({"a": torch.full((1000,), 1.0)}, storage_writer=writer)
+    threading.Timer(0.2, writer.may_write.set).start()
+    gpudcp.async_save({"a": torch.full((1000,), 2.0)}, tmp_path / "2").result()
+    for number in (1, 2):
+        found = {"a": torch.zeros(1000)}
+        gpudcp.load(found, tmp_path / str(number))
+        assert bool((found["a"] == number).all())
+
+
+def test_a_thread_that_cannot_be_started_fails_its_save_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nobody waits for it."""
+
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            gpudcp.async_save({"a": torch.ones(3)}, tmp_path)
+    gpudcp.async_save({"a": torch.ones(3)}, tmp_path).result()
+    assert gpudcp.verify(tmp_path).ok
+
+
 def test_threads_take_turns(tmp_path: Path) -> None:
     """No snapshot is taken into the memory of one that another thread has taken and not yet handed over."""
     numbers = range(12)
@@ -511,6 +560,11 @@ def test_a_relative_directory_is_that_of_the_call(tmp_path: Path, monkeypatch: p
     monkeypatch.chdir(tmp_path / "elsewhere")
     response.upload_completion.result()
     assert gpudcp.verify(tmp_path / "second").ok
+    writer = gpudcp.GpuStorageWriter("third")
+    response = gpudcp.async_save({"a": torch.ones(1)}, storage_writer=writer)
+    monkeypatch.chdir(tmp_path)
+    response.result()
+    assert gpudcp.verify(tmp_path / "elsewhere" / "third").ok
 
 
 def test_a_python_without_anonymous_files_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

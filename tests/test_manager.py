@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import gpudcp
 from gpudcp import CheckpointManager
+from gpudcp import manager as manager_module
 from gpudcp.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -22,6 +24,7 @@ from gpudcp.errors import (
     MissingKeyError,
     PlanError,
     TransferError,
+    UnsafeCheckpointError,
 )
 from gpudcp.files.commit import DirectoryLock
 
@@ -125,15 +128,107 @@ def test_steps_that_are_incomplete_or_corrupt_are_passed_over(tmp_path: Path, ca
 
 
 def test_no_good_step_is_an_error_that_names_them_all(tmp_path: Path) -> None:
-    """As is none at all."""
+    """And another one than that there is none at all, which is how a run starts."""
     manager = CheckpointManager(tmp_path / "run", options=FAST)
-    with pytest.raises(CheckpointNotFoundError, match=r"no good checkpoint$"):
+    with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint$"):
         manager.restore(state(0))
     for step in (1, 2):
         manager.save(step, state(step))
         damage(tmp_path / "run", step)
-    with pytest.raises(CheckpointNotFoundError, match=r"step 2: .*CRC-32.*step 1: .*CRC-32"):
+    with pytest.raises(CorruptCheckpointError, match=r"no good checkpoint: step 2: .*CRC-32.*step 1: .*CRC-32"):
         manager.restore(state(0))
+
+
+class Settings:
+    """Of a type that a load refuses unless it is told to trust the file."""
+
+
+@pytest.mark.filterwarnings("ignore:1 object in this checkpoint:UserWarning")
+def test_what_every_step_would_be_refused_for_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older step is no cure for an object that is not trusted, nor for a file that may not be read."""
+    manager = CheckpointManager(tmp_path / "run", options=FAST)
+    for step in (1, 2):
+        manager.save(step, state(step) | {"settings": Settings()})
+    with pytest.raises(UnsafeCheckpointError, match=r"Settings.*DefaultLoadPlanner\(trust_pickle=True\)"):
+        manager.restore(state(0) | {"settings": None})
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise TransferError("no", path="x", errno=errno.EACCES)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manager_module, "load", refused)
+        with pytest.raises(TransferError):
+            manager.restore(state(0))
+    assert restored(manager) == (2, 2.0)
+
+
+def test_a_step_that_goes_while_it_is_read_is_followed_by_the_newer_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a run that goes on keeps only its last step."""
+    manager = CheckpointManager(tmp_path, keep_last=1, options=FAST)
+    manager.save(1, state(1))
+
+    def overtaken(*args: Any, **kwargs: Any) -> None:
+        monkeypatch.undo()
+        manager.save(2, state(2))
+        gpudcp.load(*args, **kwargs)
+
+    monkeypatch.setattr(manager_module, "load", overtaken)
+    assert restored(manager) == (2, 2.0)
+
+
+def test_a_run_that_went_back_is_told_of_the_steps_it_left(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They stay the newest until somebody removes them."""
+    manager = CheckpointManager(tmp_path, keep_last=2, options=FAST)
+    for step in (100, 200, 300):
+        manager.save(step, state(step))
+    assert restored(manager, 200) == (200, 200.0)
+    with caplog.at_level(logging.WARNING, "gpudcp"):
+        manager.save(210, state(210))
+    assert "saved below step 300, which stays the newest" in caplog.text
+    manager.remove(300)
+    assert restored(manager) == (210, 210.0)
+    with pytest.raises(CheckpointNotFoundError, match="no step 300"):
+        manager.remove(300)
+
+
+def test_a_save_in_the_background_is_waited_for(tmp_path: Path) -> None:
+    """By who asks what there is, and by who asks for it."""
+    manager = CheckpointManager(tmp_path, options=FAST)
+    for step in (1, 2, 3):
+        manager.async_save(step, state(step))
+        assert manager.latest() == step
+        assert restored(manager) == (step, step)
+    manager.async_save(4, state(4))
+    found = state(0)
+    gpudcp.load(found, manager.path(4))
+    assert found["step"] == 4
+
+    class Fails(gpudcp.DefaultSavePlanner):
+        def create_local_plan(self) -> Any:
+            raise PlanError("not today")
+
+    manager.async_save(5, state(5), planner=Fails())
+    assert manager.latest() == 4
+    with pytest.raises(PlanError, match="not today"):
+        manager.wait()
+
+
+def test_a_clean_up_that_fails_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Which is committed by then, on all ranks."""
+    manager = CheckpointManager(tmp_path, keep_last=1, options=FAST)
+    manager.save(1, state(1))
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(manager_module, "remove_checkpoint", refused)
+    manager.save(2, state(2))
+    assert "not removed: " in caplog.text
+    assert manager.steps() == [1, 2]
 
 
 def test_a_state_dict_that_does_not_fit_is_no_reason_to_go_back(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ class RefusedError(Exception):
         registration = f"torch.serialization.add_safe_globals([{names}]) if you know that to be harmless, or "
         super().__init__(
             f"{reason}; use {registration if names else ''}"
-            "Options(trust_pickle=True), which runs whatever code the file names, if you trust its author"
+            "Options(trust_pickle=True), or DefaultLoadPlanner(trust_pickle=True) where you give a planner, which runs "
+            "whatever code the file names, if you trust its author"
         )
         self.refused = refused
         self.reason = reason

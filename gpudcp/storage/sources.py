@@ -69,8 +69,9 @@ def _candidates(items: Sequence[WriteItem]) -> Iterable[tuple[int, WriteItem]]:
 
 def _report_unsafe(unsafe: dict[str, tuple[str, str]], options: Options) -> None:
     named = "; ".join(f"{fqn}: {refused} ({reason})" for fqn, (refused, reason) in list(unsafe.items())[:10])
+    objects = f"{len(unsafe)} object{'s' * (len(unsafe) > 1)}"
     message = (
-        f"{len(unsafe)} objects in this checkpoint can be loaded only with Options(trust_pickle=True), or after "
+        f"{objects} in this checkpoint can be loaded only with Options(trust_pickle=True), or after "
         f"torch.serialization.add_safe_globals([...]) of the types named: {named}"
     )
     if options.unsafe_objects == "error":

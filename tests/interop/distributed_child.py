@@ -245,6 +245,46 @@ def a_snapshot_that_one_rank_cannot_take_fails_on_all(directory: Path) -> None:
     check_loads_only(path, 2.0)
 
 
+def groups_that_not_all_ranks_are_in_do_not_matter(directory: Path) -> None:
+    """Nor do groups of the caller's, in any order; a rank may have made more of them than another."""
+    dist.new_group([0], timeout=TIMEOUT)
+    backwards = dist.new_group([1, 0], timeout=TIMEOUT, sort_ranks=False)
+    alone = [dist.new_group([rank], timeout=TIMEOUT) for rank in (0, 1)]
+    own = [dist.new_group([rank], timeout=TIMEOUT) for rank in (0, 0, 1)][2 * dist.get_rank()]
+    for number, group in enumerate((None, backwards, alone[dist.get_rank()], own)):
+        is_shared = group is None or dist.get_world_size(group) == 2
+        path = directory / (f"groups_{number}" if is_shared else f"groups_{number}_{dist.get_rank()}")
+        state = {"a": torch.full((3,), float(number))}
+        gpudcp.async_save(state, path, process_group=group).result()
+        found = {"a": torch.zeros(3)}
+        gpudcp.load(found, path, process_group=group)
+        assert torch.equal(found["a"], state["a"])
+
+
+def arguments_that_are_wrong_on_one_rank_are_errors_on_all(directory: Path) -> None:
+    """None waits for one that never came to the first step."""
+    path = directory / "arguments"
+    gpudcp.save(only(1.0), path)
+    is_wrong = dist.get_rank() == 1
+    no_dict: Any = torch.nn.Linear(1, 1)
+    manager = gpudcp.CheckpointManager(directory / "arguments_run")
+    calls: list[tuple[str, Callable[[], object]]] = [
+        ("checkpoint_id is needed", lambda: gpudcp.save(only(2.0), None if is_wrong else path)),
+        ("checkpoint_id is needed", lambda: gpudcp.async_save(only(2.0), None if is_wrong else path).result()),
+        ("gs://bucket", lambda: gpudcp.load(only(0.0), "gs://bucket/x" if is_wrong else path)),
+        (
+            "not a dict; pass its state_dict",
+            lambda: gpudcp.save(no_dict if is_wrong else only(2.0), path),
+        ),  # type: ignore[arg-type]
+        ("an integer of at least 0", lambda: manager.save(-1 if is_wrong else 1, only(2.0))),
+        ("different steps", lambda: manager.async_save(2 if is_wrong else 1, only(2.0))),
+    ]
+    for text, call in calls:
+        with raises(GpuDcpError, text):
+            call()
+    check_loads_only(path, 1.0)
+
+
 def a_failure_that_only_one_rank_has_heard_of_is_raised_on_all(directory: Path) -> None:
     """By the next save: on the ranks that were not told yet it is their own, on the others a failed rank's."""
     path = directory / "background"
@@ -796,6 +836,8 @@ WORLDS: tuple[tuple[str, tuple[int, ...], tuple[Scenario, ...]], ...] = (
             saves_in_the_background_beside_training,
             a_snapshot_that_one_rank_cannot_take_fails_on_all,
             a_failure_that_only_one_rank_has_heard_of_is_raised_on_all,
+            groups_that_not_all_ranks_are_in_do_not_matter,
+            arguments_that_are_wrong_on_one_rank_are_errors_on_all,
             a_manager_goes_back_on_all_ranks_when_one_cannot_read,
         ),
     ),

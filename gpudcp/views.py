@@ -25,7 +25,24 @@ ANNOUNCEMENT = "gpudcp"
 """Among ``StorageMeta.modules``: this storage takes a Metadata of columns."""
 
 
-class Paths(MutableMapping[str, Path]):
+class _LikeDict(Mapping[Any, Any]):
+    """What a dict has beyond a Mapping: torch's Metadata is of dicts."""
+
+    def copy(self) -> dict[Any, Any]:
+        """All of it, as a dict."""
+        return dict(self)
+
+    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(self) | dict(other)
+
+    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return dict(other) | dict(self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+class Paths(_LikeDict, MutableMapping[str, Path]):
     """A plan's ``planner_data``: the path of each name. Travels as the names do, until somebody changes one."""
 
     def __init__(self, names: Names) -> None:
@@ -62,7 +79,7 @@ class Paths(MutableMapping[str, Path]):
         return (Paths, (self.names,)) if self._changed is None else (dict, (self._changed,))
 
 
-class Entries(MutableMapping[str, Any]):
+class Entries(_LikeDict, MutableMapping[str, Any]):
     """``state_dict_metadata``: an entry is made when somebody looks, and kept; all are, when somebody puts one in."""
 
     def __init__(self, columns: CheckpointColumns) -> None:
@@ -126,9 +143,6 @@ class Entries(MutableMapping[str, Any]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __repr__(self) -> str:
-        return repr(dict(self))
-
 
 def _state(entry: Any) -> Any:
     """All that can be changed in an entry."""
@@ -137,7 +151,7 @@ def _state(entry: Any) -> Any:
     return properties_key(entry.properties), entry.size, [(chunk.offsets, chunk.sizes) for chunk in entry.chunks]
 
 
-class StorageData(Mapping[MetadataIndex, StorageInfo]):
+class StorageData(_LikeDict, Mapping[MetadataIndex, StorageInfo]):
     """The ``storage_data`` of a Metadata: a dict that is made when somebody looks. It travels as columns."""
 
     def __init__(self, records: ItemRecords) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, WriteItem
 
+import gpudcp
 from gpudcp.items import ReadItems, WriteItems, columns_of
 from gpudcp.planners import DefaultLoadPlanner, DefaultSavePlanner
 from gpudcp.views import ANNOUNCEMENT, ColumnMetadata, Paths
@@ -182,3 +184,14 @@ def test_entries_are_changed_as_those_of_a_dict_are() -> None:
         assert found.state_dict_metadata == copied
         assert len(found.state_dict_metadata) == len(copied)
         assert pickle.loads(pickle.dumps(found)).state_dict_metadata == copied
+
+
+def test_the_parts_of_a_metadata_are_as_good_as_dicts(tmp_path: Path) -> None:
+    """Printed, copied and joined as torch's are."""
+    metadata = gpudcp.save({"a": torch.ones(2), "b": {"c": 1}}, tmp_path)
+    for part in (metadata.state_dict_metadata, metadata.planner_data, metadata.storage_data):
+        assert part is not None
+        assert repr(part) == repr(dict(part))
+        assert part.copy() == dict(part)
+        assert part | {"x": 1} == {**part, "x": 1}
+        assert {"x": 1} | part == {"x": 1, **part}

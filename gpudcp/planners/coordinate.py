@@ -172,9 +172,7 @@ def _without_replicas(items: _Items, *, split_replicas: bool, to_lowest_rank: bo
 def _check_alike(items: _Items, order: Int64, is_first: NDArray[np.bool_]) -> None:
     """Replicas must agree in all but requires_grad and the like, of which the first's is taken."""
     templates = items.templates
-    dtypes: dict[object, int] = {}
-    dtype_ids = [dtypes.setdefault(each.dtype, len(dtypes)) for each in templates.properties]
-    columns = [np.array([*dtype_ids, NONE], dtype=np.int64)[templates.property_ids][:, None]]
+    columns = [_dtype_ids(templates)[:, None]]
     columns += [templates.boxes[:, 0], templates.boxes[:, 2]]
     _, alike = distinct_rows(np.concatenate(columns, axis=1))
     found = alike[items.template_ids[order]]
@@ -184,6 +182,13 @@ def _check_alike(items: _Items, order: Int64, is_first: NDArray[np.bool_]) -> No
         raise PlanError(
             f"{items.fqn(one)}: the ranks disagree about one chunk: {items.describe(one)}; {items.describe(other)}"
         )
+
+
+def _dtype_ids(templates: Templates) -> Int64:
+    """A number for the dtype of each template; NONE: an object."""
+    numbers: dict[object, int] = {}
+    of_properties = [numbers.setdefault(each.dtype, len(numbers)) for each in templates.properties]
+    return np.array([*of_properties, NONE], dtype=np.int64)[templates.property_ids]
 
 
 def _rows_to_split(templates: Templates, template_ids: Int32) -> Int64:
@@ -274,9 +279,7 @@ def _check_entries(items: _Items, rows: Int64, row_templates: Int32, first_rows:
     firsts = np.repeat(first_rows[:-1], counts)
     if len(firsts) == len(counts):  # one chunk each
         return
-    dtypes: dict[object, int] = {}
-    dtype_ids = [dtypes.setdefault(each.dtype, len(dtypes)) for each in templates.properties]
-    columns = [np.array([*dtype_ids, NONE], dtype=np.int64)[templates.property_ids][:, None]]
+    columns = [_dtype_ids(templates)[:, None]]
     columns += [templates.ndims[:, None].astype(np.int64), templates.boxes[:, 0]]
     _, tensors = distinct_rows(np.concatenate(columns, axis=1))
     found = tensors[row_templates]

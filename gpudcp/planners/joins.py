@@ -11,11 +11,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from gpudcp.arrays import Int64
 from gpudcp.errors import PlanError
-
-Int64 = NDArray[np.int64]
 
 # Measured. NumPy takes 16 us for the fewest boxes, torch 6 us for one against one, and a Python loop is quicker than
 # both: to look at up to so many pairs, and to write out up to so many.

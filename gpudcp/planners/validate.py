@@ -52,7 +52,7 @@ def _wrong_single(checkpoint: CheckpointColumns, entries: Int64, *, must_cover: 
     for number in np.nonzero(is_outside)[0]:
         yield _outside(checkpoint, int(entries[number]), boxes[number])
     for number in np.nonzero(is_short)[0]:
-        yield _gap(checkpoint, int(entries[number]), int(lengths[number].prod()))
+        yield _gap(checkpoint, int(entries[number]), boxes[[number]], int(lengths[number].prod()))
 
 
 def _representatives(checkpoint: CheckpointColumns, entries: Int64) -> Int64:
@@ -86,7 +86,7 @@ def _wrong_chunks(checkpoint: CheckpointColumns, entry: int, *, must_cover: bool
         one, other = (_box_text(boxes[filled[each]], ndim) for each in pair)
         yield f"{checkpoint.names.fqns[entry]}: {one} and {other} overlap"
     elif must_cover and ndim and int(volumes.sum()) != int(size.prod()):
-        yield _gap(checkpoint, entry, int(volumes.sum()))
+        yield _gap(checkpoint, entry, boxes[filled], int(volumes.sum()))
 
 
 def _overlapping(offsets: Int64, lengths: Int64, ndim: int) -> tuple[int, int] | None:
@@ -140,7 +140,13 @@ def _outside(checkpoint: CheckpointColumns, entry: int, box: Int64) -> str:
     return f"{checkpoint.names.fqns[entry]}: {_box_text(box, ndim)} leaves the tensor, of size {size}"
 
 
-def _gap(checkpoint: CheckpointColumns, entry: int, found: int) -> str:
-    size = tuple(checkpoint.sizes[entry, : int(checkpoint.ndims[entry])].tolist())
+def _gap(checkpoint: CheckpointColumns, entry: int, boxes: Int64, found: int) -> str:
+    ndim = int(checkpoint.ndims[entry])
+    size = tuple(checkpoint.sizes[entry, :ndim].tolist())
     volume = int(checkpoint.sizes[entry].prod())
-    return f"{checkpoint.names.fqns[entry]}: the chunks have {found} elements, the tensor, of size {size}, {volume}"
+    chunks = ", ".join(_box_text(box, ndim) for box in boxes[:_MOST_NAMED]) or "none"
+    rest = f", and {len(boxes) - _MOST_NAMED} more" * (len(boxes) > _MOST_NAMED)
+    return (
+        f"{checkpoint.names.fqns[entry]}: the chunks have {found} elements, the tensor, of size {size}, {volume}: "
+        f"{chunks}{rest}"
+    )

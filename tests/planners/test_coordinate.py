@@ -227,7 +227,7 @@ def test_quantized_replicas_stay_whole() -> None:
     ("ranks", "message"),
     [
         ([[((0, 0), (2, 4))], [((1, 0), (3, 4))]], r"t: a chunk of \(2, 4\) at \(0, 0\) and .* overlap"),
-        ([[((0, 0), (2, 4))], [((3, 0), (1, 4))]], r"12 elements, .*\(4, 4\), 16: .*, a chunk of \(1, 4\) at \(3, 0\)$"),
+        ([[((0, 0), (2, 4))], [((3, 0), (1, 4))]], r"12 elements, .*, 16: .*, a chunk of \(1, 4\) at \(3, 0\)$"),
         ([[((0, 0), (2, 4))], [((2, 0), (3, 4))]], r"t: a chunk of \(3, 4\) at \(2, 0\) leaves .*\(4, 4\)"),
         # Not a grid: the sweep must find it, and must not find what only touches.
         ([[((0, 0), (3, 2))], [((0, 2), (1, 2))], [((1, 2), (3, 2))], [((2, 0), (1, 2))]], "overlap"),

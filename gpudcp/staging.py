@@ -192,10 +192,13 @@ def _copy_into(copied: torch.Tensor, source: torch.Tensor) -> None:
 def _bring(arena: torch.Tensor, host: torch.Tensor) -> None:
     """Copy device memory to the host, piece by piece, so that training's own transfers come in between."""
     stream: Any = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
+    # To wait for a stream may keep a core busy, which training could use; a blocking event sleeps.
+    copied: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         for start in range(0, arena.nbytes, _PIECE_NBYTES):
             host[start : start + _PIECE_NBYTES].copy_(arena[start : start + _PIECE_NBYTES], non_blocking=True)
-            stream.synchronize()
+            copied.record(stream)
+            copied.synchronize()
 
 
 def _on_device(nbytes: int, device: torch.device) -> torch.Tensor | None:

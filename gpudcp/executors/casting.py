@@ -1,26 +1,39 @@
 """The cast rule on tensors, by torch: what `gpudcp_kernels.casts` states, for those who move elements without kernels.
 
-Between floating-point dtypes of the rule a NaN becomes the target's one NaN, so that every executor writes the same
-bytes; torch's own NaNs depend on the code path it takes. All other values, and all other pairs, are torch's ``copy_``.
+Between floating-point dtypes of the rule float8_e4m3fn saturates and a NaN becomes the target's one NaN, so that every
+executor writes the same bytes: what torch's own casts do there depends on its version and on the code path. All other
+values, and all other pairs, are torch's ``copy_``.
 """
 
 from __future__ import annotations
 
 import torch
-from gpudcp_kernels.casts import CANONICAL_NANS
+from gpudcp_kernels.casts import CANONICAL_NANS, in_range_of
+
+# So that what a cast takes beside the tensors, a mask and the elements in range, is little also on a full GPU.
+_PIECE_NUMEL = 4 << 20
 
 
 def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
     """Copy elements of one shape, cast by the rule; on whatever devices they are."""
-    into.copy_(source)
     if into.dtype == source.dtype:
+        into.copy_(source)
         return
-    nan = CANONICAL_NANS.get(into.dtype)
-    if nan is None or source.dtype not in CANONICAL_NANS or into.is_neg():  # a negated NaN has no bits of its own
+    if into.numel() > _PIECE_NUMEL:
+        first = next(dim for dim, length in enumerate(into.shape) if length > 1)
+        for half, half_source in zip(into.chunk(2, first), source.chunk(2, first), strict=True):
+            copy_cast(half, half_source)
+        return
+    if into.is_cpu and not source.is_cpu:
+        source = source.cpu()  # so that no cast takes memory of the device, which may have none left
+    is_by_rule = into.dtype in CANONICAL_NANS and source.dtype in CANONICAL_NANS
+    into.copy_(in_range_of(into.dtype, source) if is_by_rule else source)
+    if not is_by_rule or into.is_neg():  # a negated NaN has no bits of its own
         return
     is_nan = source.isnan()
-    if bool(is_nan.any()):
-        into.view(_CARRIERS[into.dtype.itemsize])[is_nan.to(into.device)] = nan
+    # To ask a GPU would be to wait for it.
+    if not is_nan.is_cpu or bool(is_nan.any()):
+        into.view(_CARRIERS[into.dtype.itemsize])[is_nan.to(into.device)] = CANONICAL_NANS[into.dtype]
 
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

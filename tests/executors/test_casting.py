@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from math import prod
 
 import pytest
 import torch
@@ -44,6 +45,31 @@ def test_a_nan_becomes_the_one_of_the_target(source: torch.dtype, dest: torch.dt
     into = torch.zeros(40, 3, dtype=dest)[:, 1]
     copy_cast(into, raw)
     assert set(bits(into)) == {CANONICAL_NANS[dest]}
+
+
+@pytest.mark.parametrize("source", [dtype for dtype in FLOATS if dtype != torch.float8_e4m3fn], ids=str)
+def test_e4m3fn_saturates_whatever_torch_does(source: torch.dtype) -> None:
+    """From 448 on, with the sign; in torch 2.11 ``copy_`` makes NaNs of the same numbers. NaNs stay NaNs."""
+    numbers = torch.tensor([384.0, 448.0, 460.0, 464.0, 480.0, 3e4, torch.inf, torch.nan], dtype=torch.float64)
+    values = torch.cat((numbers, -numbers)).to(source).repeat(3)
+    into = torch.zeros(len(values), dtype=torch.float8_e4m3fn)
+    copy_cast(into, values)
+    positive = [0x7C, *[0x7E] * 6, 0x7F]
+    assert bits(into) == [*positive, *(code | 0x80 for code in positive[:-1]), 0x7F] * 3
+
+
+@pytest.mark.parametrize("shape", [(700,), (1, 3, 233), (3, 5, 1, 47), (690, 1)], ids=str)
+@pytest.mark.parametrize("dest", [torch.bfloat16, torch.float8_e4m3fn, torch.int32], ids=str)
+def test_large_tensors_are_cast_in_pieces(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dest: torch.dtype
+) -> None:
+    """Which gives the same, whatever is cut; strided on both sides."""
+    tensor = random_tensor(*shape) if dest.is_floating_point else torch.arange(float(prod(shape))).view(shape)
+    whole, cut = torch.zeros(shape, dtype=dest), torch.zeros(*shape, 2, dtype=dest)[..., 1]
+    copy_cast(whole, tensor)
+    monkeypatch.setattr("gpudcp.executors.casting._PIECE_NUMEL", 64)
+    copy_cast(cut, tensor)
+    assert bits(cut) == bits(whole)
 
 
 def test_a_dtype_to_itself_moves_the_bits_of_nans() -> None:

@@ -7,11 +7,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from gpu_cases import BITS, FLOAT_PAIRS, MARGIN_NBYTES, on_device, poisoned, run_boxes, slab_in, telling_values
+from gpu_cases import BITS, DEVICE, FLOAT_PAIRS, MARGIN_NBYTES, on_device, poisoned, run_boxes, slab_in, telling_values
 from gpudcp_kernels.casts import CANONICAL_NANS, cast_reference
 from gpudcp_kernels.pack import pack_cast
 from gpudcp_kernels.unpack import unpack_cast
 from to_table import KEPT, as_lines, measured
+
+from gpudcp.executors.casting import copy_cast
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +55,17 @@ def test_unpacking_casts_by_the_rule(source: torch.dtype, dest: torch.dtype) -> 
         boxes.strides[:] = step
         unpack_cast(boxes, slab_in(on_device(slab)), file_dtype=source, memory_dtype=dest)
         assert_same_bits(result.cpu()[::step].contiguous(), values, expected)
+
+
+@pytest.mark.parametrize("way", ["device to device", "device to host", "host to device"])
+@pytest.mark.parametrize(("source", "dest"), FLOAT_PAIRS, ids=str)
+def test_torch_casts_by_the_rule_as_the_executors_ask_it(source: torch.dtype, dest: torch.dtype, way: str) -> None:
+    """What snapshots, and tensors that no kernel takes, are cast by."""
+    values = telling_values(source, dest)
+    expected = cast_reference(values, dest)
+    into = torch.zeros_like(expected, device=DEVICE if way.endswith("device") else "cpu")
+    copy_cast(into, on_device(values) if way.startswith("device") else values)
+    assert_same_bits(into.cpu(), values, expected)
 
 
 def test_where_cudas_own_casts_differ_from_the_rule_is_as_written_down() -> None:

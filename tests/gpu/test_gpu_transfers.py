@@ -53,7 +53,9 @@ def test_what_stock_torch_saved_is_loaded(tmp_path: Path, options: dict[str, Any
 
 
 @pytest.mark.parametrize("options", RINGS, ids=["defaults", "small slabs"])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [None, torch.bfloat16, torch.float64, torch.float8_e5m2, torch.float8_e4m3fn], ids=str
+)
 def test_files_are_the_cpu_executors_byte_for_byte(
     tmp_path: Path, options: dict[str, Any], dtype: torch.dtype | None
 ) -> None:

@@ -62,7 +62,10 @@ def random_bits(dtype: torch.dtype, count: int) -> torch.Tensor:
 
 def assert_follows_the_rule(source: torch.Tensor, result: torch.Tensor) -> None:
     """Equal to torch in every value that is not NaN, and the canonical NaN where the source is one."""
-    expected = source.to(result.dtype)
+    expected = source
+    if result.dtype == torch.float8_e4m3fn:
+        expected = source.double().clamp(-448, 448)  # as torch 2.13 does; 2.11 makes NaNs of what is larger
+    expected = expected.to(result.dtype)
     carrier = BITS[result.dtype.itemsize]
     is_nan = source.isnan()
     nans = result.view(carrier)[is_nan]

@@ -1,6 +1,7 @@
 """The only room for private torch.distributed names: each is checked here, at import, and used under a public name.
 
-Tried with torch 2.13.0. A torch whose private names changed fails here with one clear sentence, not in mid-save.
+Tried with torch 2.11.0 and 2.13.0. A torch whose private names changed fails here with one clear sentence, not in
+mid-save.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ def test_a_reader_that_knows_no_ranks_is_not_asked_for_one() -> None:
 
     with pytest.raises(RankFailedError, match="FileNotFoundError: none"):
         gpudcp.load(state(), storage_reader=Missing())
-    with pytest.raises(CheckpointException, match="none"):
+    with pytest.raises(CheckpointException, match=r"none|metadata is None$"):  # torch 2.11 tells no more
         dcp.load(state(), storage_reader=Missing())
 
 

@@ -25,6 +25,7 @@ import re
 import threading
 import types
 import uuid
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -88,8 +89,7 @@ def load_object(data: io.BytesIO, *, fqn: str, trust_pickle: bool) -> object:
     try:
         if not trust_pickle:
             return _load_harmless(data, map_location="cpu")
-        data.seek(0)
-        return torch.load(data, map_location="cpu", weights_only=False)
+        return _loaded(data, map_location="cpu", weights_only=False)
     except RefusedError as refusal:
         raise UnsafeCheckpointError(f"object {fqn!r} was not loaded: {refusal}", refused=refusal.refused) from None
     except MemoryError:
@@ -219,8 +219,22 @@ def _check_measures(data: io.BytesIO) -> None:
 
 
 def _load_weights_only(data: io.BytesIO, map_location: str) -> object:
+    return _loaded(data, map_location=map_location, weights_only=True)
+
+
+def _loaded(data: io.BytesIO, *, map_location: str, weights_only: bool) -> object:
     data.seek(0)
-    return torch.load(data, map_location=map_location, weights_only=True)
+    try:
+        return torch.load(data, map_location=map_location, weights_only=weights_only)
+    except UserWarning as warning:
+        # Torch 2.11 warns so, once in a process, of the first sparse tensor that it loads itself. Where the user made
+        # warnings errors, that is no fault of the data. Ignored only then: filters are every thread's.
+        if "Sparse invariant checks" not in str(warning):
+            raise
+    data.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.load(data, map_location=map_location, weights_only=weights_only)
 
 
 def _unlisted_globals(data: io.BytesIO, refusal: pickle.UnpicklingError) -> set[str]:

@@ -151,7 +151,8 @@ def test_every_element_is_written_once_by_a_rank_that_has_it(
     assert all(count == 1 for counts in written.values() for count in counts)
     metadata = ColumnMetadata(found.checkpoint).plain()
     lists = [SavePlan(list(WriteItems(plan))) for plan in found.plans]
-    assert not torch_planners._validate_global_plan(lists, metadata)  # type: ignore[attr-defined]
+    # Whether all is well, in torch 2.11; what is not, since 2.12.
+    assert torch_planners._validate_global_plan(lists, metadata) in (True, [])  # type: ignore[attr-defined]
 
 
 def contains(outer: ChunkStorageMetadata, inner: ChunkStorageMetadata) -> bool:

@@ -28,10 +28,10 @@ sanitize-gpu:
 bench-gpu:
 	TRITON_INTERPRET=0 $(PYTHON) -m pytest -W default bench/gpu --size=full
 
-# All of the above in one call of less than ten minutes: report.txt and two archives in OUT.
+# All of the above in one call of less than ten minutes: report.txt and two archives in OUT. Or some parts only.
 gpu-report:
-	@test -n "$(OUT)" || { echo "gpu-report: make gpu-report OUT=directory [COMMIT=name]"; exit 2; }
-	$(PYTHON) -m bench.gpu.report --out "$(OUT)" --commit "$(COMMIT)"
+	@test -n "$(OUT)" || { echo "gpu-report: make gpu-report OUT=directory [COMMIT=name] [ONLY=files,transfers]"; exit 2; }
+	$(PYTHON) -m bench.gpu.report --out "$(OUT)" --commit "$(COMMIT)" --only "$(ONLY)"
 
 # The real KvikIO without a GPU: needs `pip install kvikio-cu13` (or the light set of it) and gcc, skips without.
 test-kvikio:

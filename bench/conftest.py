@@ -14,6 +14,7 @@ from bench.results import Suite, describe_environment
 from bench.sizes import SIZES, Sizes
 
 _SUITES = pytest.StashKey[dict[str, Suite]]()
+_ENVIRONMENT = pytest.StashKey[dict[str, str]]()
 _WRITTEN = pytest.StashKey[list[Path]]()
 _RESULTS = Path(__file__).parent / "results"
 _TMPFS = "/dev/shm"
@@ -35,11 +36,28 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
+    """Figures of a bench in which bytes were wrong are not for keeping."""
+    suite = _suite_of(item)
+    tables, targets = len(suite.tables), len(suite.targets)
+    try:
+        yield
+    except Exception:
+        del suite.tables[tables:], suite.targets[targets:]
+        raise
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """What could not be measured is said where it is missed."""
+    """What could not be measured is said where it is missed; what was is kept at once, should the next bench hang."""
     report = yield
+    suite = _suite_of(item)
     if report.skipped and isinstance(report.longrepr, tuple):
-        _suite_of(item).notes.append(f"{item.name}: {report.longrepr[2]}")
+        suite.notes.append(f"{item.name}: {report.longrepr[2]}")
+    elif report.failed and report.when != "teardown":
+        suite.notes.append(f"{item.name}: FAILED, and gives no figures")
+    if report.when == "call":
+        _write(item.config, suite)
     return report
 
 
@@ -72,29 +90,16 @@ def tmpfs() -> Iterator[Path]:
         yield Path(path)
 
 
-@pytest.fixture(scope="module", params=["disk", "tmpfs"])
+@pytest.fixture(scope="module", params=["tmpfs", "disk"])
 def place(request: pytest.FixtureRequest) -> Path:
-    """The disk, then memory."""
+    """Memory, then the disk, which takes the longest: it is what a run lacks that is ended early."""
     path: Path = request.getfixturevalue(request.param)
     return path
 
 
-def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    config = session.config
-    size, results = _size(config), config.getoption("--results")
-    if results is None and size == "full":
-        results = _RESULTS
-    if results is None or exitstatus != pytest.ExitCode.OK:
-        return  # figures of a run in which bytes were wrong are not for keeping
-    environment = describe_environment(
-        command="python -m pytest " + " ".join(config.invocation_params.args),
-        size=size,
-        directories={"disk": str(_disk_directory(config)), "tmpfs": _TMPFS},
-        commit=config.getoption("--commit"),
-    )
-    for suite in config.stash[_SUITES].values():
-        if suite.tables:  # a suite that only skipped has nothing to keep
-            config.stash[_WRITTEN] += suite.write(Path(results), environment | describe_gpu())
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for suite in session.config.stash[_SUITES].values():
+        _write(session.config, suite)  # with the notes that the ends of the modules made
 
 
 @pytest.hookimpl(trylast=True)
@@ -102,8 +107,25 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     for suite in config.stash[_SUITES].values():
         terminalreporter.section(suite.name)
         terminalreporter.write_line(suite.as_text())
-    for path in config.stash[_WRITTEN]:
+    for path in dict.fromkeys(config.stash[_WRITTEN]):
         terminalreporter.write_line(f"written: {path}")
+
+
+def _write(config: pytest.Config, suite: Suite) -> None:
+    size, results = _size(config), config.getoption("--results")
+    if results is None and size == "full":
+        results = _RESULTS
+    if results is None or not suite.tables:  # a suite that only skipped has nothing to keep
+        return
+    if _ENVIRONMENT not in config.stash:
+        environment = describe_environment(
+            command="python -m pytest " + " ".join(config.invocation_params.args),
+            size=size,
+            directories={"disk": str(_disk_directory(config)), "tmpfs": _TMPFS},
+            commit=config.getoption("--commit"),
+        )
+        config.stash[_ENVIRONMENT] = environment | describe_gpu()
+    config.stash[_WRITTEN] += suite.write(Path(results), config.stash[_ENVIRONMENT])
 
 
 def _suite_of(node: pytest.Item | pytest.Collector) -> Suite:

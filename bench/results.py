@@ -119,12 +119,14 @@ class Suite:
         return json.dumps({"name": self.name, **found}, indent=1) + "\n"
 
     def write(self, directory: Path, environment: dict[str, str]) -> list[Path]:
-        """``<date>-<name>.json`` and ``.md`` in ``directory``; those of the same day are replaced."""
+        """``<date>-<name>.json`` and ``.md`` in ``directory``; those of the same day are replaced, each at once."""
         directory.mkdir(parents=True, exist_ok=True)
         stem = f"{environment['date'][:10]}-{self.name}"
         paths = [directory / f"{stem}.json", directory / f"{stem}.md"]
-        paths[0].write_text(self.as_json(environment), encoding="utf-8")
-        paths[1].write_text(self.as_markdown(environment), encoding="utf-8")
+        for path, content in zip(paths, (self.as_json(environment), self.as_markdown(environment)), strict=True):
+            unfinished = path.with_suffix(".unfinished")
+            unfinished.write_text(content, encoding="utf-8")
+            unfinished.replace(path)
         return paths
 
     def _verdict(self) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +157,52 @@ def test_warm_up_turns_are_taken_and_do_not_count() -> None:
     assert (calls.count("a"), calls.count("b")) == (3, 3)
     assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 2, "b": 2}
     assert Rounds(measured=2, warm_up=1).timing([9.0, 1.0, 2.0]).seconds == (1.0, 2.0)
+
+
+def test_a_slow_peer_may_have_one_turn() -> None:
+    """In the first round that counts."""
+    calls: list[str] = []
+    slow = replace(recording("slow", calls), has_one_turn=True)
+    timings = compare(Driver(), [recording("a", calls), slow], Rounds(measured=3, warm_up=1))  # type: ignore[arg-type]
+    assert {name: len(timing.seconds) for name, timing in timings.items()} == {"a": 3, "slow": 1}
+    assert [call for call in calls if " " not in call] == ["a", "slow", "a", "a", "a"]
+
+
+SUITE_OF_THREE = """
+import os, pathlib, pytest
+from bench.results import Table
+
+def found(suite, title):
+    suite.tables.append(Table(title=title, columns=("",), rows=((1,),)))
+
+def test_good(suite):
+    found(suite, "good")
+
+def test_bad(suite):
+    found(suite, "bad")
+    raise ValueError("wrong bytes")
+
+def test_ended(suite):
+    os._exit(9)
+"""
+
+
+def test_figures_are_kept_as_soon_as_they_are_found_and_none_of_a_bench_that_failed(tmp_path: Path) -> None:
+    """Of a run that is killed later there is what came before."""
+    (tmp_path / "bench_three.py").write_text(SUITE_OF_THREE)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "bench.conftest"]
+    child = subprocess.run(
+        [*command, f"--rootdir={tmp_path}", f"--results={tmp_path / 'results'}", "bench_three.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "kernels")))},
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 9, child.stdout + child.stderr
+    (path,) = (tmp_path / "results").glob("*-three.json")
+    found = json.loads(path.read_text())
+    assert [table["title"] for table in found["tables"]] == ["good"]
+    assert found["notes"] == ["test_bad: FAILED, and gives no figures"]
 
 
 def test_a_contender_whose_check_fails_gives_no_figure() -> None:

@@ -7,30 +7,56 @@ import sys
 import tarfile
 from pathlib import Path
 
-from bench.gpu.report import Part, all_parts, pack_up, run_all, summary
+import pytest
+
+from bench.gpu import report
+from bench.gpu.report import Part, all_parts, chosen, pack_up, run_all, summary
+
+SLOW = """
+import signal, sys, time
+if sys.argv[1:]:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+print('begun', flush=True)
+try:
+    time.sleep(60)
+finally:
+    print('cleaned up')
+"""
 
 
-def part(name: str, code: str, *, limit_s: float = 20.0, keeps: str | None = None) -> Part:
-    """A part that runs a line of Python."""
-    return Part(name=name, command=(sys.executable, "-c", code), limit_s=limit_s, keeps=keeps)
+def part(name: str, code: str, *arguments: str, share_s: float = 20.0, keeps: str | None = None) -> Part:
+    """A part that runs some Python."""
+    return Part(name=name, command=(sys.executable, "-c", code, *arguments), share_s=share_s, keeps=keeps)
 
 
-def test_a_part_that_fails_or_hangs_takes_no_other_with_it(tmp_path: Path) -> None:
-    """Its end is said, and the next one runs."""
+def test_a_part_that_fails_or_hangs_takes_no_other_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its end is said, and the next one runs. One that does not end when it is asked is ended."""
+    monkeypatch.setattr(report, "_LEAST_S", 0.1)
+    monkeypatch.setattr(report, "_GRACE_S", 1.0)
     parts = [
+        part("slow", SLOW, share_s=1.0),
+        part("hanging", SLOW, "deaf", share_s=1.9),
         part("good", "import sys; print('found'); print('a warning', file=sys.stderr)", keeps="found.txt"),
         part("bad", "raise SystemExit('broken')"),
-        part("slow", "import time; print('begun', flush=True); time.sleep(60)", limit_s=0.5),
         part("last", "print('still here')"),
     ]
-    outcomes = run_all(parts, tmp_path, limit_s=60)
-    results = [outcome.result for outcome in outcomes]
-    assert results == ["ok", "FAILED, exit code 1", "STOPPED after 0 s", "ok"]
+    outcomes = run_all(parts, tmp_path, limit_s=63.9)
+    results = [outcome.result.partition(" after ")[0] for outcome in outcomes]
+    assert results == ["STOPPED", "STOPPED", "ok", "FAILED, exit code 1", "ok"]
+    assert ["cleaned up" in outcome.log for outcome in outcomes[:2]] == [True, False]
     assert (tmp_path / "results" / "found.txt").read_text() == "found\n"
     text = summary(outcomes, tmp_path / "results")
     assert "broken" in text
     assert "begun" in text
     assert text.endswith(f"last | ok | {outcomes[-1].seconds:.1f} | still here\n")
+    assert (tmp_path / "report.txt").read_text() == text  # written after each part: somebody may end all of it
+
+
+def test_what_a_part_leaves_of_its_time_is_for_those_after_it(tmp_path: Path) -> None:
+    """And nobody takes what is another's."""
+    asked = "import sys, time; time.sleep(float(sys.argv[1]))"
+    parts = [part("short", asked, "0", share_s=4), part("long", asked, "2", share_s=1), part("late", asked, "0")]
+    assert [outcome.result for outcome in run_all(parts, tmp_path, limit_s=30)] == ["ok", "ok", "ok"]
 
 
 def test_what_finds_no_time_is_said_not_to_have_run(tmp_path: Path) -> None:
@@ -51,9 +77,25 @@ def test_targets_stand_beside_what_was_found(tmp_path: Path) -> None:
     assert "pack | 0.93x | at least 0.9x | met" in text
     assert "CRC | 1.2 TB/s | at least 2 TB/s | MISSED" in text
     pack_up(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.tar.gz", "results.tar.gz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["logs.tar.gz", "report.txt", "results.tar.gz"]
     with tarfile.open(tmp_path / "logs.tar.gz") as archive:
         assert "logs/one.txt" in archive.getnames()
+
+
+def test_every_part_has_its_share_of_less_than_ten_minutes(tmp_path: Path) -> None:
+    """So the last ones run too, and what matters most runs first."""
+    parts = all_parts(tmp_path, commit="")
+    assert sum(part.share_s for part in parts) == 570
+    assert [part.name for part in parts].index("files") < [part.name for part in parts].index("memory")
+
+
+def test_some_parts_are_run_alone(tmp_path: Path) -> None:
+    """In their own order; a name that is none is refused, and the names are told."""
+    parts = all_parts(tmp_path, commit="")
+    assert chosen(parts, "") == parts
+    assert [part.name for part in chosen(parts, "transfers, files")] == ["files", "transfers"]
+    with pytest.raises(ValueError, match=r"no part is called benches; there are: machine, kernels, pack"):
+        chosen(parts, "files,benches")
 
 
 def test_every_gpu_test_and_bench_is_part_of_the_report(tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """Run the GPU tests and every GPU bench in one go, within a limit of time, and leave what they found in one folder.
 
-Usage: python -m bench.gpu.report --out DIRECTORY [--limit-s SECONDS] [--commit NAME]
+Usage: python -m bench.gpu.report --out DIRECTORY [--only PART,PART] [--limit-s SECONDS] [--commit NAME]
 
-For a GPU that is there only for a while: each part has a limit of its own, a part that fails or hangs takes none of the
-others with it, and what is found is packed into three files: report.txt, results.tar.gz, logs.tar.gz.
+For a GPU that is there only for a while: each part has a share of the time and what those before it left of theirs, a
+part that fails or hangs takes none of the others with it, and what is found is there as soon as it is found, should
+this be ended too. At the end it is packed into three files: report.txt, results.tar.gz, logs.tar.gz.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,10 +27,10 @@ from pathlib import Path
 _ROOT = Path(__file__).parents[2]
 _LIMIT_S = 570.0
 _LEAST_S = 3.0
+_GRACE_S = 5.0
 _SHOWN_LINES = 25
-_BENCHES = {"pack": 60.0, "small_tensors": 90.0, "crc": 60.0, "files": 240.0}
 _KERNEL_TESTS = ("pack", "unpack", "dequant", "checksum", "casts")
-_TRANSFER_TESTS = ("transfers", "streams", "distributed", "memory")
+_TRANSFER_TESTS = ("transfers", "streams", "distributed")
 _DESCRIBE = """
 import os, gpudcp
 from bench.gpu.hardware import clocks, describe_gpu
@@ -46,7 +47,8 @@ class Part:
 
     name: str
     command: tuple[str, ...]
-    limit_s: float
+    share_s: float
+    """Of the time for all parts, when that is `_LIMIT_S` and none is left out."""
     keeps: str | None = None
     """Under which name its output is a result; None: it is a log only."""
 
@@ -78,46 +80,63 @@ def all_parts(out: Path, *, commit: str) -> list[Part]:
     in_parallel = ("-n", str(min(12, os.cpu_count() or 1))) if find_spec("xdist") else ()
     kernel_tests = (f"tests/gpu/test_gpu_{name}.py" for name in _KERNEL_TESTS)
     transfer_tests = (f"tests/gpu/test_gpu_{name}.py" for name in _TRANSFER_TESTS)
-    bench = ("-s", "--size=full", f"--results={out / 'results'}", f"--commit={commit}")
-    benches = {
-        name: Part(name=f"bench {name}", command=(*pytest, f"bench/gpu/bench_gpu_{name}.py", *bench), limit_s=limit_s)
-        for name, limit_s in _BENCHES.items()
-    }
+    tests = (*pytest, "-v", "-m", "gpu")  # -v: what was ended says what it had run
+
+    def bench(name: str, share_s: float) -> Part:
+        command = (*pytest, f"bench/gpu/bench_gpu_{name}.py", "-v", "-s", "--size=full")
+        options = (f"--results={out / 'results'}", f"--commit={commit}")
+        return Part(name=name, command=(*command, *options), share_s=share_s)
+
     return [
-        Part(name="machine", command=(sys.executable, "-c", _DESCRIBE), limit_s=60),
-        Part(name="kernel tests", command=(*pytest, "-m", "gpu", *in_parallel, *kernel_tests), limit_s=180),
-        benches["pack"],
-        benches["crc"],
-        benches["small_tensors"],
-        Part(
-            name="transfer tests",
-            command=(*pytest, "-m", "gpu", "-rA", *transfer_tests, "tests/files/test_kvikio_gpu.py"),
-            limit_s=180,
-        ),
-        benches["files"],
-        Part(
-            name="casts of CUDA",
-            command=(sys.executable, "tests/gpu/to_table.py"),
-            limit_s=60,
-            keeps="cuda_to.json",
-        ),
-        Part(name="sanitizer", command=("make", "sanitize-gpu", f"PYTHON={sys.executable}"), limit_s=120),
+        Part(name="machine", command=(sys.executable, "-c", _DESCRIBE), share_s=20),
+        Part(name="kernels", command=(*tests, *in_parallel, *kernel_tests), share_s=85),
+        bench("pack", 40),
+        bench("crc", 35),
+        bench("small_tensors", 55),
+        bench("files", 170),
+        Part(name="transfers", command=(*tests, "-rA", *transfer_tests, "tests/files/test_kvikio_gpu.py"), share_s=80),
+        Part(name="casts", command=(sys.executable, "tests/gpu/to_table.py"), share_s=15, keeps="cuda_to.json"),
+        Part(name="memory", command=(*tests, "-rA", "tests/gpu/test_gpu_memory.py"), share_s=40),
+        Part(name="sanitizer", command=("make", "sanitize-gpu", f"PYTHON={sys.executable}"), share_s=30),
     ]
 
 
+def chosen(parts: Sequence[Part], only: str) -> list[Part]:
+    """The parts of these names, separated by commas, in their own order; all of them for no name.
+
+    Raises:
+        ValueError: there is no part of such a name.
+    """
+    names = [name.strip() for name in only.split(",") if name.strip()]
+    known = [part.name for part in parts]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"no part is called {', '.join(unknown)}; there are: {', '.join(known)}")
+    return [part for part in parts if not names or part.name in names]
+
+
 def run_all(parts: Sequence[Part], out: Path, *, limit_s: float) -> list[Outcome]:
-    """One after the other; what is left when the time is up is not run, and said so."""
+    """One after the other, each with its share of the time and what those before it left of theirs.
+
+    What finds no time is not run, and said so. The report is written again after each part.
+    """
     for name in ("results", "logs"):
         (out / name).mkdir(parents=True, exist_ok=True)
-    end_s = time.monotonic() + limit_s
-    outcomes = []
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # As a shell leaves it to what it starts in the background; parts inherit it, and could not be asked to end.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    start_s = time.monotonic()
+    all_shares_s = sum(part.share_s for part in parts)
+    shares_s = 0.0
+    outcomes: list[Outcome] = []
     for part in parts:
-        left_s = end_s - time.monotonic()
+        shares_s += part.share_s
+        left_s = start_s + (limit_s - _GRACE_S) * shares_s / all_shares_s - time.monotonic()
         if left_s < _LEAST_S:
             outcomes.append(Outcome(part=part, result="not run: no time left", seconds=0.0, log=""))
             continue
-        outcomes.append(_run(part, out, limit_s=min(part.limit_s, left_s)))
+        outcomes.append(_run(part, out, limit_s=left_s))
         print(f"{part.name}: {outcomes[-1].result}, {outcomes[-1].seconds:.1f} s", flush=True)
+        (out / "report.txt").write_text(summary(outcomes, out / "results"), encoding="utf-8")
     return outcomes
 
 
@@ -136,8 +155,7 @@ def _run(part: Part, out: Path, *, limit_s: float) -> Outcome:
             code = child.wait(limit_s)
             result = "ok" if code == 0 else f"FAILED, exit code {code}"
         except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
+            _end(child)
             result = f"STOPPED after {limit_s:.0f} s"
     text = log.read_text(encoding="utf-8", errors="replace")
     if part.keeps and result == "ok":
@@ -145,6 +163,15 @@ def _run(part: Part, out: Path, *, limit_s: float) -> Outcome:
     elif errors:
         text += errors.read_text(encoding="utf-8", errors="replace")
     return Outcome(part=part, result=result, seconds=time.monotonic() - start_s, log=text)
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """With all that it has started. Asked first: so pytest says what failed, and takes gigabytes of files away."""
+    for signal_number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal_number)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE_S)
 
 
 def summary(outcomes: Sequence[Outcome], results: Path) -> str:
@@ -173,14 +200,19 @@ def pack_up(out: Path) -> None:
 
 
 def main() -> int:
-    """Run everything; 0 if all of it was well."""
+    """Run what is asked for; 0 if all of it was well."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="the folder for what is found")
+    parser.add_argument("--only", default="", help="the names of some parts, as in files,transfers")
     parser.add_argument("--limit-s", type=float, default=_LIMIT_S, help="for everything together")
     parser.add_argument("--commit", default="", help="of this tree, where git is not there to be asked")
     arguments = parser.parse_args()
     out: Path = arguments.out.resolve()
-    outcomes = run_all(all_parts(out, commit=arguments.commit), out, limit_s=arguments.limit_s)
+    try:
+        parts = chosen(all_parts(out, commit=arguments.commit), arguments.only)
+    except ValueError as err:
+        parser.error(str(err))
+    outcomes = run_all(parts, out, limit_s=arguments.limit_s)
     text = summary(outcomes, out / "results")
     (out / "report.txt").write_text(text, encoding="utf-8")
     pack_up(out)

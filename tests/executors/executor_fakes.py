@@ -285,7 +285,10 @@ def naive_file(plan: SaveFilePlan, source: Source, *, has_checksum: bool = True)
 
 def naive_payload(tensor: torch.Tensor, dtype: torch.dtype) -> bytes:
     """The elements in row-major order, cast, each fetched from memory by its own address."""
-    tensor = tensor.detach().resolve_conj().resolve_neg().to(dtype)
+    tensor = tensor.detach().resolve_conj().resolve_neg()
+    if dtype == torch.float8_e4m3fn != tensor.dtype:
+        tensor = tensor.double().clamp(-448, 448)  # torch 2.11 makes NaNs of what is larger
+    tensor = tensor.to(dtype)
     memory = memory_of(tensor)
     places = np.full(tuple(tensor.shape), tensor.storage_offset(), dtype=np.int64)
     for dim, stride in enumerate(tensor.stride()):

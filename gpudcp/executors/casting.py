@@ -33,7 +33,7 @@ def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
     is_nan = source.isnan()
     # To ask a GPU would be to wait for it.
     if not is_nan.is_cpu or bool(is_nan.any()):
-        into.view(_CARRIERS[into.dtype.itemsize])[is_nan.to(into.device)] = CANONICAL_NANS[into.dtype]
+        into.view(_CARRIERS[into.dtype.itemsize]).masked_fill_(is_nan.to(into.device), CANONICAL_NANS[into.dtype])
 
 
 _CARRIERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

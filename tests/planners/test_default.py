@@ -481,7 +481,7 @@ class Custom:
     """A type that no list knows."""
 
 
-@pytest.mark.filterwarnings("ignore:1 objects in this checkpoint:UserWarning")
+@pytest.mark.filterwarnings("ignore:1 object in this checkpoint:UserWarning")
 @pytest.mark.parametrize("flatten_state_dict", [True, False])
 def test_an_object_is_loaded_with_trust_only(tmp_path: Path, flatten_state_dict: bool) -> None:
     """The planner decides: by its argument, or by the options of a load without a planner."""

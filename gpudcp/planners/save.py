@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from gpudcp_kernels.casts import in_range_of
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
@@ -191,7 +192,8 @@ class DefaultSavePlanner(SavePlanner):
             data = write_item.tensor_data
             if data is None or not isinstance(object, torch.Tensor) or object.dtype == data.properties.dtype:
                 return object
-            return object.detach().to(data.properties.dtype)
+            dtype, tensor = data.properties.dtype, object.detach()
+            return (in_range_of(dtype, tensor) if tensor.is_floating_point() else tensor).to(dtype)
         try:
             return DumpedObject(object)
         except MemoryError:

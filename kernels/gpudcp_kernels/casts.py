@@ -139,11 +139,17 @@ def in_range_of(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
 
     For any other ``dtype`` than float8_e4m3fn it is the tensor itself. NaNs stay.
     """
-    if dtype != torch.float8_e4m3fn:
+    if dtype != torch.float8_e4m3fn or (tensor.is_cpu and _saturates_on_cpu()):
         return tensor
     # Torch clamps no float8; what it widens to is exact. What is between 448 and 464 would be rounded to 448 anyway.
     wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
     return wide.clamp(-_E4M3FN_MAX, _E4M3FN_MAX)
+
+
+@cache
+def _saturates_on_cpu() -> bool:
+    """Of this torch. Asked, as clamping takes as long as the cast itself."""
+    return not bool(torch.full((64,), 1000.0).to(torch.float8_e4m3fn).float().isnan().any())
 
 
 @cache

@@ -20,7 +20,10 @@ class SaveSource(Protocol):
     """Whether a tensor's memory stays as it is until `Executor.save` returns; else only until the next `resolve`."""
 
     def resolve(self, position: int) -> torch.Tensor:
-        """A tensor of the chunk's sizes, of the item's dtype or one that the executor casts to it. Called once each."""
+        """A tensor of the chunk's sizes, of the item's dtype or one that the executor casts to it.
+
+        Called once each, and once more where another executor starts over, because a device ran out of memory.
+        """
 
 
 class LoadTarget(Protocol):

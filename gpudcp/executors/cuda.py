@@ -1,7 +1,8 @@
 """The device executor: lanes of stream, device slab, host slab and I/O in flight. CUDA, or Triton's interpreter.
 
 A slab is packed and checksummed on the device while the ones before it are copied to the host and written; a load runs
-the same ring backwards. Where the device has no room for a slab, the cpu executor takes over.
+the same ring backwards. Where the device has no room for a slab, or runs out of memory later, the cpu executor takes
+over: a save starts over, a load goes on after the last read that was checked and committed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from heapq import merge
 from itertools import repeat
 from typing import Any, NamedTuple
@@ -22,9 +24,9 @@ from gpudcp.chunkplan.save import SaveChunkPlan, SaveFilePlan
 from gpudcp.chunkplan.slabs import SlabContents, cut_into_slabs
 from gpudcp.executors.base import Executor, FileReceipt, LoadTarget, SaveSource
 from gpudcp.executors.devicepacking import SlabPacker
-from gpudcp.executors.devices import Device, Event
+from gpudcp.executors.devices import Device, Event, is_out_of_memory
 from gpudcp.executors.deviceunpacking import checksum_segments, unpack
-from gpudcp.executors.lanes import LEAST_SLAB_NBYTES, Lane, acquired
+from gpudcp.executors.lanes import LEAST_SLAB_NBYTES, Lane, acquired, give_up_idle
 from gpudcp.executors.unpacking import Destinations, unpack_host
 from gpudcp.executors.verifying import Checksums
 from gpudcp.files.base import DeviceFileReader, DeviceFileWriter, FileReader, FileWriter
@@ -34,9 +36,15 @@ from gpudcp.report import Stopwatch
 
 _logger = logging.getLogger("gpudcp")
 
+_NO_ROOM = "no room for slabs"
+_RAN_OUT = "out of memory in mid-transfer"
+
 
 class DeviceExecutor:
-    """Packs and unpacks on one device; ``fallback`` is for a device without room for slabs."""
+    """Packs and unpacks on one device; ``fallback`` is for a device without room.
+
+    ``notes`` gets a sentence, for the report, for each thing that went otherwise than was chosen.
+    """
 
     checksum = "a Triton kernel"
 
@@ -51,8 +59,10 @@ class DeviceExecutor:
         has_checksum: bool,
         registers_slabs: bool,
         fallback: Executor,
+        notes: list[str],
     ) -> None:
         self.name = name
+        self._notes = notes
         self._registers_slabs = registers_slabs
         self.slab_nbytes = slab_nbytes
         self._device = device
@@ -66,13 +76,16 @@ class DeviceExecutor:
             for lane in lanes:
                 lane.register()
 
-    def _taken_over(self, what: str) -> Executor:
+    def _taken_over(self, why: str) -> Executor:
         """The fallback, which is from now on what a report names."""
+        give_up_idle(self._device)
         self.name, self.checksum = self._fallback.name, self._fallback.checksum
-        _logger.warning(
-            "%s: no room on %s for slabs: the %s executor takes over", what, self._device.torch_device, self.name
-        )
+        self._note(f"the {self.name} executor took over: {why} on {self._device.torch_device}")
         return self._fallback
+
+    def _note(self, text: str) -> None:
+        self._notes.append(text)
+        _logger.warning("%s", text)
 
     def save(
         self,
@@ -81,6 +94,25 @@ class DeviceExecutor:
         open_file: Callable[[SaveFilePlan], FileWriter],
         stopwatch: Stopwatch,
     ) -> list[FileReceipt]:
+        try:
+            receipts, why = self._save(plan, source, open_file, stopwatch), _NO_ROOM
+        except RuntimeError as err:
+            if not is_out_of_memory(err):
+                raise
+            receipts, why = None, _RAN_OUT
+        if receipts is not None:
+            return receipts
+        # Not while the error is handled: its traceback keeps what the attempt had on the device.
+        return self._taken_over(why).save(plan, source, open_file, stopwatch)
+
+    def _save(
+        self,
+        plan: SaveChunkPlan,
+        source: SaveSource,
+        open_file: Callable[[SaveFilePlan], FileWriter],
+        stopwatch: Stopwatch,
+    ) -> list[FileReceipt] | None:
+        """Save by the device; None: it has no room for slabs. After an error no file is left."""
         least = min(LEAST_SLAB_NBYTES, self.slab_nbytes)
         with ExitStack() as stack:
             with stopwatch.phase("slabs"):
@@ -88,7 +120,7 @@ class DeviceExecutor:
                     acquired(self._device, self._lanes, slab_nbytes=self.slab_nbytes, least_nbytes=least)
                 )
             if not lanes:
-                return self._taken_over("save").save(plan, source, open_file, stopwatch)
+                return None
             self._prepare(lanes)
             writers = [stack.enter_context(open_file(file)) for file in plan.files]
             pool = ThreadPoolExecutor(self._threads, "gpudcp-write", initializer=self._device.bind_thread)
@@ -121,19 +153,33 @@ class DeviceExecutor:
         open_file: Callable[[str], FileReader],
         stopwatch: Stopwatch,
     ) -> None:
+        load = _Load(plan, target, stopwatch)
+        try:
+            is_done, why = self._load(load, plan.slab_nbytes, open_file, stopwatch), _NO_ROOM
+        except RuntimeError as err:
+            if not is_out_of_memory(err):
+                raise
+            is_done, why = False, _RAN_OUT
+        if not is_done:
+            self._taken_over(why).load(load.rest(), _Resumed(target, load.uncommitted()), open_file, stopwatch)
+
+    def _load(
+        self, load: _Load, slab_nbytes: int, open_file: Callable[[str], FileReader], stopwatch: Stopwatch
+    ) -> bool:
+        """Load by the device; False: it has no room for slabs."""
         with ExitStack() as stack:
             with stopwatch.phase("slabs"):
                 # A read is as long as the plan says: halved slabs would not hold it.
                 lanes = stack.enter_context(
-                    acquired(self._device, self._lanes, slab_nbytes=plan.slab_nbytes, least_nbytes=plan.slab_nbytes)
+                    acquired(self._device, self._lanes, slab_nbytes=slab_nbytes, least_nbytes=slab_nbytes)
                 )
             if not lanes:
-                self._taken_over("load").load(plan, target, open_file, stopwatch)
-                return
+                return False
             self._prepare(lanes)
             pool = ThreadPoolExecutor(self._threads, "gpudcp-read", initializer=self._device.bind_thread)
             stack.callback(pool.shutdown, cancel_futures=True)
-            _Load(plan, target, lanes, stopwatch).run(pool, open_file)
+            load.run(lanes, pool, open_file)
+        return True
 
 
 def _in_turn(files: Sequence[SaveFilePlan], slab_nbytes: int) -> Iterator[tuple[int, SlabContents]]:
@@ -168,17 +214,29 @@ def _after(event: Event, act: Callable[..., None], *args: Any) -> None:
 class _Load:
     """One load: reads, then the device's work on what was read, then commits, each in the plan's order."""
 
-    def __init__(self, plan: LoadChunkPlan, target: LoadTarget, lanes: Sequence[Lane], stopwatch: Stopwatch) -> None:
+    def __init__(self, plan: LoadChunkPlan, target: LoadTarget, stopwatch: Stopwatch) -> None:
         self._plan = plan
-        self._free = list(lanes)
+        self._free: list[Lane] = []
         self._stopwatch = stopwatch
         self._destinations = Destinations(plan, target)
         self._checksums = Checksums(plan.checks)
         self._reading: deque[_Step] = deque()
         self._unpacking: deque[_Step] = deque()
         self._unpacked: Event | None = None
+        self._nunpacked = 0
+        self._ncommitted = 0
+        """Reads from the first one on whose payloads were checked, and whose items were committed if they are whole."""
 
-    def run(self, pool: ThreadPoolExecutor, open_file: Callable[[str], FileReader]) -> None:
+    def rest(self) -> LoadChunkPlan:
+        """What is left to do after an error."""
+        return replace(self._plan, reads=self._plan.reads[self._ncommitted :])
+
+    def uncommitted(self) -> dict[int, torch.Tensor]:
+        """The destinations that the rest begins with; they may have bytes already."""
+        return self._destinations.uncommitted()
+
+    def run(self, lanes: Sequence[Lane], pool: ThreadPoolExecutor, open_file: Callable[[str], FileReader]) -> None:
+        self._free = list(lanes)
         for read in self._plan.reads:
             while not self._free:
                 self._settle() if self._unpacking else self._unpack()
@@ -234,9 +292,24 @@ class _Load:
                 unpack_host(lane.host, chunk.byte_offset - read.byte_offset, chunk, box)
             self._checksums.add(read.segments, [crc & 0xFFFFFFFF for crc in crcs.tolist()])
             self._destinations.count(read)
+            self._nunpacked += 1
             if self._checksums.are_settled:
                 self._destinations.commit_filled()
+                self._ncommitted = self._nunpacked
         self._free.append(lane)
+
+
+class _Resumed:
+    """The target of a load that another executor goes on with: what was resolved for it is not resolved again."""
+
+    def __init__(self, target: LoadTarget, resolved: dict[int, torch.Tensor]) -> None:
+        self._resolved = resolved
+        self._target = target
+        self.commit = target.commit
+
+    def resolve(self, position: int) -> torch.Tensor:
+        tensor = self._resolved.pop(position, None)
+        return self._target.resolve(position) if tensor is None else tensor
 
 
 class _Step(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -10,6 +11,11 @@ import torch
 
 from gpudcp.executors.devicememory import allocate
 from gpudcp.executors.slabs import HostSlab
+
+
+def is_out_of_memory(err: RuntimeError) -> bool:
+    """Whether a device has run out of memory: torch tells it by type, the driver and Triton in words."""
+    return isinstance(err, torch.OutOfMemoryError) or "out of memory" in str(err)
 
 
 class Event(Protocol):
@@ -39,6 +45,9 @@ class Device(Protocol):
     """Where tensors are that kernels reach."""
 
     torch_device: torch.device
+
+    def free_nbytes(self) -> int:
+        """How much memory may still be allocated there, by whoever comes first."""
 
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether kernels on this device reach the tensor's memory."""
@@ -74,6 +83,9 @@ class CudaDevice:
 
     def __init__(self, torch_device: torch.device) -> None:
         self.torch_device = torch_device
+
+    def free_nbytes(self) -> int:
+        return torch.cuda.mem_get_info(self.torch_device)[0]
 
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self.torch_device
@@ -126,6 +138,9 @@ class InterpretedDevice:
     """The host, where Triton's interpreter runs the kernels at once: nothing is asynchronous."""
 
     torch_device = torch.device("cpu")
+
+    def free_nbytes(self) -> int:
+        return sys.maxsize  # the host pages
 
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.is_cpu

@@ -20,6 +20,8 @@ from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 MARGIN_NBYTES = SLAB_ALIGNMENT_NBYTES
 """Before and after a device slab's own bytes: CRC patches and reads of whole blocks may begin before them or end after
 them, and kernels read some bytes more than they use."""
+SPARE_NBYTES = 32 << 20
+"""What taking lanes leaves free on the device: kernels' code, tables and checksums are allocated later."""
 LEAST_SLAB_NBYTES = 1 << 20
 """On a full device slabs are halved down to this; below it the cpu executor is as good."""
 
@@ -30,9 +32,8 @@ class Lane:
     def __init__(self, device: Device, slab_nbytes: int) -> None:
         self.device = device
         self.slab_nbytes = slab_nbytes
-        self.memory = device.new_slab(slab_nbytes + 3 * MARGIN_NBYTES)
-        """The device slab, from `MARGIN_NBYTES` on, and its margins: one before it, one for reads that begin within a
-        block, one for what kernels read beyond the end."""
+        self.memory = device.new_slab(_with_margins(slab_nbytes))
+        """The device slab, from `MARGIN_NBYTES` on, and its margins."""
         self.host = device.new_host_slab(slab_nbytes + MARGIN_NBYTES)
         self.stream = device.new_stream()
         self.event: Event | None = None
@@ -75,11 +76,17 @@ class Lane:
             self.kept.clear()
 
 
+def _with_margins(slab_nbytes: int) -> int:
+    """One margin before the slab, one for reads that begin within a block, one for what kernels read beyond the end."""
+    return slab_nbytes + 3 * MARGIN_NBYTES
+
+
 @contextmanager
 def acquired(device: Device, count: int, *, slab_nbytes: int, least_nbytes: int) -> Iterator[Sequence[Lane]]:
     """Up to ``count`` lanes with slabs of one size: ``slab_nbytes``, halved as long as the device has no room for one.
 
-    None at all where ``least_nbytes`` does not fit either. On leaving, everything in flight has ended.
+    `SPARE_NBYTES` stay free, for which lanes of earlier transfers are given up too. None at all where ``least_nbytes``
+    does not fit either. On leaving, everything in flight has ended.
     """
     lanes = _take(device, count, slab_nbytes)
     nbytes = slab_nbytes
@@ -105,12 +112,23 @@ def _take(device: Device, count: int, nbytes: int) -> list[Lane]:
     lanes = [lane for lane in known if lane.slab_nbytes == nbytes][:count]
     _drop([lane for lane in known if lane not in lanes])
     del known  # those of another size: their memory may be what is needed
+    needed_nbytes = _with_margins(nbytes) + SPARE_NBYTES
     try:
-        while len(lanes) < count:
+        while len(lanes) < count and device.free_nbytes() >= needed_nbytes:
             lanes.append(Lane(device, nbytes))
     except torch.OutOfMemoryError:
         pass
+    # Less may be left than was counted on: the driver rounds up, and others allocate at the same time.
+    while lanes and device.free_nbytes() < SPARE_NBYTES:
+        _drop([lanes.pop()])
     return lanes
+
+
+def give_up_idle(device: Device) -> None:
+    """Free the device's lanes that no transfer has: somebody needs the memory more."""
+    with _guard:
+        idle = _free.pop((device.torch_device, type(device)), [])
+    _drop(idle)
 
 
 def _give_back(lanes: Sequence[Lane], count: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors.base import Executor
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.ways import choose_files, figures_name
-from gpudcp.files.figures import Direction, Way
+from gpudcp.files.figures import KVIKIO_WAYS, Direction, Way
+from gpudcp.files.ways import described
 from gpudcp.options import Options, c_compiler, ranks_of_this_node
 
 HOST_SLAB_NBYTES = 4 << 20
@@ -34,6 +35,14 @@ class Selection(NamedTuple):
     """Whose memory moves, as figures of transfers know it: "cpu", or a GPU's name."""
     reasons: tuple[str, str]
     """Why this executor and this way, one sentence each."""
+    notes: Sequence[str] = ()
+    """What went otherwise in the transfer; known when it is over."""
+
+    @property
+    def files(self) -> str:
+        """The way in words, as the bytes went it: an executor that took over moves host memory, by POSIX calls."""
+        is_taken_over = self.device != "cpu" and self.executor.name == "cpu"
+        return described("buffered" if is_taken_over and self.way in KVIKIO_WAYS else self.way)
 
 
 def select(
@@ -58,9 +67,12 @@ def select(
     executor: Executor = CpuExecutor(
         lanes=options.lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=options.checksum
     )
+    notes: list[str] = []
     if device is not None:
-        executor = _device_executor(device, executor, options, choice.way, threads=threads, slab_nbytes=slab_nbytes)
-    return Selection(executor, choice.way, threads, figures_name(on_gpu), (reason, choice.reason))
+        executor = _device_executor(
+            device, executor, options, choice.way, threads=threads, slab_nbytes=slab_nbytes, notes=notes
+        )
+    return Selection(executor, choice.way, threads, figures_name(on_gpu), (reason, choice.reason), notes)
 
 
 def unavailable(executor: str) -> str | None:
@@ -109,7 +121,14 @@ def _choose_device(
 
 
 def _device_executor(
-    device: torch.device, fallback: Executor, options: Options, way: Way, *, threads: int, slab_nbytes: int
+    device: torch.device,
+    fallback: Executor,
+    options: Options,
+    way: Way,
+    *,
+    threads: int,
+    slab_nbytes: int,
+    notes: list[str],
 ) -> Executor:
     if device.type == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
@@ -124,8 +143,9 @@ def _device_executor(
         threads=threads,
         slab_nbytes=slab_nbytes,
         has_checksum=options.checksum,
-        registers_slabs=way in ("gds", "compat"),
+        registers_slabs=way in KVIKIO_WAYS,
         fallback=fallback,
+        notes=notes,
     )
 
 

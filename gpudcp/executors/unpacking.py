@@ -59,6 +59,10 @@ class Destinations:
         """What a chunk fills of its destination."""
         return _box(self._tensor(chunk.position), chunk)
 
+    def uncommitted(self) -> dict[int, torch.Tensor]:
+        """What was resolved and lacks bytes, or the proof that they are right."""
+        return dict(self._resolved)
+
     def commit_filled(self) -> None:
         """Commit what has every byte. The caller knows that their checksums were right."""
         for position in self._filled:

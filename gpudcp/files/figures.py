@@ -24,6 +24,7 @@ from gpudcp.options import user_cache_directory
 Direction = Literal["write", "read"]
 Way = Literal["gds", "compat", "direct", "buffered"]
 """GPUDirect Storage, KvikIO's compat mode, O_DIRECT from host memory, the page cache."""
+KVIKIO_WAYS: frozenset[Way] = frozenset({"gds", "compat"})
 Origin = Literal["tuned", "learned"]
 
 LEAST_NBYTES = 64 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gpudcp.files.base import FileReader, FileWriter
-from gpudcp.files.figures import Way
+from gpudcp.files.figures import KVIKIO_WAYS, Way
 from gpudcp.files.posix import PosixReader, PosixWriter
 
 _DESCRIPTIONS: dict[Way, str] = {
@@ -21,7 +21,7 @@ def described(way: Way) -> str:
 
 def open_writer(path: str, way: Way, *, nbytes: int, fsync: bool) -> FileWriter:
     """A new file of so many bytes."""
-    if way in ("gds", "compat"):
+    if way in KVIKIO_WAYS:
         from gpudcp.files.kvikio import KvikioWriter
 
         return KvikioWriter(path, nbytes=nbytes, is_direct=False, fsync=fsync)
@@ -30,7 +30,7 @@ def open_writer(path: str, way: Way, *, nbytes: int, fsync: bool) -> FileWriter:
 
 def open_reader(path: str, way: Way) -> FileReader:
     """An open file."""
-    if way in ("gds", "compat"):
+    if way in KVIKIO_WAYS:
         from gpudcp.files.kvikio import KvikioReader
 
         return KvikioReader(path)

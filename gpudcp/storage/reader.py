@@ -30,7 +30,6 @@ from gpudcp.errors import (
 from gpudcp.executors.base import Executor
 from gpudcp.executors.select import select
 from gpudcp.files.commit import metadata_file_name
-from gpudcp.files.ways import described
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
 from gpudcp.items import KeptItems, ReadItems
@@ -264,9 +263,9 @@ class GpuStorageReader(StorageReader):
             total_s=stopwatch.total_s(),
             phases_s=MappingProxyType(dict(stopwatch.seconds)),
             executor=executor.name,
-            files=described(selection.way),
+            files=selection.files,
             checksum=self._checksum_used(chunk_plan, needs, executor),
-            reasons=selection.reasons,
+            reasons=(*selection.reasons, *selection.notes),
         )
         _logger.info("%s", self.report)
         learn(self.report, selection)

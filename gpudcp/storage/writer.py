@@ -39,7 +39,7 @@ from gpudcp.files.commit import (
     stale_data_names,
 )
 from gpudcp.files.posix import fsync_directory
-from gpudcp.files.ways import described, open_writer
+from gpudcp.files.ways import open_writer
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
 from gpudcp.items import WriteItems
@@ -203,9 +203,9 @@ class GpuStorageWriter(StorageWriter):
             total_s=stopwatch.total_s(),
             phases_s=MappingProxyType(dict(stopwatch.seconds)),
             executor=executor.name,
-            files=described(selection.way),
+            files=selection.files,
             checksum=executor.checksum if self.options.checksum else "off: Options(checksum=False)",
-            reasons=selection.reasons,
+            reasons=(*selection.reasons, *selection.notes),
         )
         _logger.info("%s", self.report)
         learn(self.report, selection)

@@ -22,6 +22,7 @@ def _interpreted(*, lanes: int, threads: int, slab_nbytes: int, has_checksum: bo
         has_checksum=has_checksum,
         registers_slabs=False,
         fallback=fallback,
+        notes=[],
     )
 
 

@@ -20,7 +20,7 @@ from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import LoadChunkPlan, PayloadCheck, ReadRequest, plan_load
 from gpudcp.chunkplan.save import ChunkWrite, SaveFilePlan
 from gpudcp.errors import CorruptCheckpointError, TransferError
-from gpudcp.executors import deviceunpacking
+from gpudcp.executors import devicepacking, deviceunpacking
 from gpudcp.executors import lanes as lanes_of_process
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.cuda import DeviceExecutor
@@ -47,7 +47,9 @@ def placed(tensor: torch.Tensor, *, is_on_device: bool) -> torch.Tensor:
     return memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 
-def executor_of(device: Device, *, slab_nbytes: int = 8192, lanes: int = 2, threads: int = 2) -> DeviceExecutor:
+def executor_of(
+    device: Device, *, slab_nbytes: int = 8192, lanes: int = 2, threads: int = 2, notes: list[str] | None = None
+) -> DeviceExecutor:
     """A device executor whose fallback is the cpu executor."""
     fallback = CpuExecutor(lanes=lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=True)
     return DeviceExecutor(
@@ -59,6 +61,7 @@ def executor_of(device: Device, *, slab_nbytes: int = 8192, lanes: int = 2, thre
         has_checksum=True,
         registers_slabs=False,
         fallback=fallback,
+        notes=[] if notes is None else notes,
     )
 
 
@@ -346,6 +349,101 @@ def test_without_room_the_fallback_takes_over_and_a_report_can_say_so() -> None:
     executor.load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
     assert (executor.name, executor.checksum) == ("cpu", CpuExecutor.checksum)
     assert [target.committed[n] for n in (0, 1)] == [each.numpy().tobytes() for each in entries]
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "triton"])
+@pytest.mark.parametrize("place", ["new_slots", "add_parts", "write_patches", "pack_cast"])
+def test_a_save_whose_device_fills_up_on_the_way_starts_over_on_the_fallback(
+    place: str, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device's own files are gone before, its lanes too; the report can say what happened."""
+    notes: list[str] = []
+    executor, files = executor_of(InterpretedDevice(), notes=notes), Files(MemoryBackend())
+    plan, source = save_of([random_tensor(3000), b"object", random_tensor(3000)], slab_nbytes=8192)
+    expected, crcs = naive_file(plan.files[0], source)
+    inner, calls = getattr(devicepacking, place), []
+
+    def fill_up(*args: Any, **kwargs: Any) -> Any:
+        calls.append(place)
+        if place == "new_slots" or len(calls) == 2:
+            raise error
+        return inner(*args, **kwargs)
+
+    monkeypatch.setattr(devicepacking, place, fill_up)
+    receipts = executor.save(plan, Twice(source.tensors), files.open_writer, Stopwatch())
+    assert (files.content("file"), receipts[0].crcs) == (expected, crcs)
+    assert len(files.calls_of("create")) == 2
+    assert files.nopen == 0
+    assert (executor.name, executor.checksum) == ("cpu", CpuExecutor.checksum)
+    assert notes == ["the cpu executor took over: out of memory in mid-transfer on cpu"]
+    assert not lanes_of_process._free
+
+
+class Twice(Source):
+    """May be asked again by whoever starts over."""
+
+    def resolve(self, position: int) -> torch.Tensor:
+        return self.tensors[position]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "triton"])
+@pytest.mark.parametrize("nth", range(1, 5))
+def test_a_load_whose_device_fills_up_on_the_way_goes_on_with_the_fallback(
+    nth: int, error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every item is resolved once and committed once; one that was half there keeps what it had."""
+    notes: list[str] = []
+    entries = [random_tensor(n, seed=n) for n in (1800, 5000, 300, 7)]
+    backend = MemoryBackend()
+    put_file(backend, entries)
+    plan = load_plan_of(entries, slab_nbytes=8192)
+    assert len(plan.reads) == 4
+    target = Target({n: torch.zeros(each.shape) for n, each in enumerate(entries)})
+    inner, calls = deviceunpacking.unpack, []
+
+    def fill_up(*args: Any, **kwargs: Any) -> None:
+        calls.append(nth)
+        if len(calls) == nth:
+            raise error
+        inner(*args, **kwargs)
+
+    monkeypatch.setattr("gpudcp.executors.cuda.unpack", fill_up)
+    executor = executor_of(InterpretedDevice(), notes=notes)
+    executor.load(plan, target, backend.open, Stopwatch())
+    for kind in ("resolve", "commit"):
+        assert sorted(target.positions(kind)) == [0, 1, 2, 3]
+    assert [target.committed[n] for n in range(4)] == [each.numpy().tobytes() for each in entries]
+    assert executor.name == "cpu"
+    assert len(notes) == 1
+
+
+def test_a_load_that_another_executor_ends_still_finds_what_is_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a payload that both of them read a part of."""
+    entries = [random_tensor(5000)]
+    backend = MemoryBackend()
+    put_file(backend, entries)
+    plan = load_plan_of(entries, slab_nbytes=8192)
+    content = bytearray(backend.content("file"))
+    content[plan.reads[0].byte_offset] ^= 1
+    backend.put("file", bytes(content))
+
+    def fill_up(lane: Any, read: Any, *rest: Any, **kwargs: Any) -> None:
+        if read is plan.reads[1]:
+            raise OUT_OF_MEMORY[0]
+        inner(lane, read, *rest, **kwargs)
+
+    inner = deviceunpacking.unpack
+    monkeypatch.setattr("gpudcp.executors.cuda.unpack", fill_up)
+    target = Target({0: torch.zeros(5000)})
+    with pytest.raises(CorruptCheckpointError):
+        executor_of(InterpretedDevice()).load(plan, target, backend.open, Stopwatch())
+    assert not target.committed
 
 
 # --- order on streams -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from gpudcp_kernels.tables import SLAB_PADDING_NBYTES
 
 from gpudcp.executors import lanes as lanes_of_process
 from gpudcp.executors.devices import Event, InterpretedDevice
-from gpudcp.executors.lanes import MARGIN_NBYTES, Lane, acquired
+from gpudcp.executors.lanes import MARGIN_NBYTES, SPARE_NBYTES, Lane, acquired, give_up_idle
 from gpudcp.files import kvikio
 
 MIB = 1 << 20
@@ -142,6 +142,59 @@ def test_without_room_slabs_are_halved() -> None:
     """All lanes of a transfer have slabs of one size; there may be fewer of them."""
     with acquired(SmallDevice(5 * MIB), 4, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
         assert {lane.slab_nbytes for lane in taken} == {4 * MIB}
+        assert len(taken) == 1
+
+
+class FillingDevice(SmallDevice):
+    """Says how much is free, as the driver does."""
+
+    def free_nbytes(self) -> int:
+        return self.room_nbytes
+
+
+@pytest.mark.parametrize(
+    ("free_nbytes", "expected"),
+    [(SPARE_NBYTES + 9 * MIB, [4 * MIB] * 2), (SPARE_NBYTES + 5 * MIB, [4 * MIB]), (SPARE_NBYTES + 3 * MIB, [2 * MIB])],
+)
+def test_lanes_leave_room_for_what_is_allocated_later(free_nbytes: int, expected: list[int]) -> None:
+    """Kernels, tables and checksums: fewer lanes first, then smaller slabs."""
+    with acquired(FillingDevice(free_nbytes), 3, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
+        assert [lane.slab_nbytes for lane in taken] == expected
+
+
+def test_a_device_whose_spare_room_is_taken_has_no_lanes() -> None:
+    """Though a slab would fit: the kernels would not."""
+    with acquired(FillingDevice(SPARE_NBYTES), 3, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
+        assert not taken
+
+
+def test_lanes_of_earlier_transfers_are_given_up_for_that_room() -> None:
+    """Training may have taken it since."""
+
+    class Filled(SmallDevice):
+        free: tuple[int, ...] = ()
+
+        def free_nbytes(self) -> int:
+            first, *rest = self.free or (1 << 40,)
+            self.free = tuple(rest)
+            return first
+
+    device = Filled()
+    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192):
+        pass
+    device.free = (0, 0, SPARE_NBYTES)
+    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192) as taken:
+        assert len(taken) == 1
+
+
+def test_idle_lanes_can_be_given_up() -> None:
+    """Those of one device; lanes in use stay."""
+    device = SmallDevice()
+    with acquired(device, 1, slab_nbytes=8192, least_nbytes=8192) as taken:
+        with acquired(device, 2, slab_nbytes=8192, least_nbytes=8192):
+            pass
+        give_up_idle(device)
+        assert not lanes_of_process._free
         assert len(taken) == 1
 
 

@@ -95,6 +95,16 @@ def test_the_interpreter_runs_the_device_executor_on_the_host(tmp_path: Path) ->
     assert found.way in ("direct", "buffered")
 
 
+def test_the_files_of_a_report_are_those_of_whoever_moved_the_bytes() -> None:
+    """Host memory takes no GPUDirect Storage, whatever was chosen for the device's."""
+    host = CpuExecutor(lanes=1, threads=1, slab_nbytes=4096, has_checksum=True)
+    assert Selection(host, "gds", 1, "some GPU", ("", "")).files == "posix buffered"
+    assert Selection(host, "direct", 1, "some GPU", ("", "")).files == "posix direct"
+    assert Selection(host, "direct", 1, "cpu", ("", "")).files == "posix direct"
+    host.name = "cuda"
+    assert Selection(host, "gds", 1, "some GPU", ("", "")).files == "KvikIO, GPUDirect Storage"
+
+
 def test_the_options_of_the_ring_reach_the_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lanes, threads, slabs and checksum are the user's; what is not said has a default."""
     made: list[dict[str, object]] = []

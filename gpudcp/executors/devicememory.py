@@ -1,44 +1,77 @@
-"""Device memory of its own allocations, by the CUDA driver: never a part of a segment of torch's caching allocator.
+"""Memory by the CUDA driver itself: device memory of its own allocations, and host memory pinned for a device.
 
-cuFile registers whole allocations, and a slab must not pin, or be pinned with, what belongs to training.
+Never a part of a segment of torch's caching allocator: cuFile registers whole allocations, and a slab must not pin, or
+be pinned with, what belongs to training. And never by the CUDA runtime: it remembers an error that its caller has
+handled, and torch raises that at the next launch of whatever kernel.
 """
 
 from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 
-from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+from gpudcp.executors.slabs import HostSlab
+
+_GRAIN_NBYTES = 2 << 20
+"""The driver's pages. It divides them among smaller allocations, aligned to 512 bytes; whole ones begin on a page, and
+so begins the slab where its allocation does, by which alone cuFile knows it again."""
+_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context, as the runtime does it
 
 
 def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Flat uint8 on a CUDA device, on a multiple of 4096, freed with the last tensor that shares it.
+    """Flat uint8 on a CUDA device, from an allocation's first byte on, freed with the last tensor that shares it.
 
     Raises:
         torch.OutOfMemoryError: the driver has no room.
     """
-    driver, alignment = _driver(), SLAB_ALIGNMENT_NBYTES
-    address = ctypes.c_uint64()
-    with torch.cuda.device(device):
-        torch.cuda.mem_get_info(device)  # makes the device's context this thread's
-        # Memory of less than a megabyte or two the driver aligns to 512 bytes only.
-        result = driver.cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(nbytes + alignment))
+    address, whole_nbytes = ctypes.c_uint64(), -(-nbytes // _GRAIN_NBYTES) * _GRAIN_NBYTES
+    with _context_of(device):
+        result = _driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(whole_nbytes))
     if result != 0:
-        raise torch.OutOfMemoryError(f"{device}: cuMemAlloc of {nbytes} bytes: CUDA driver error {result}")
-    memory = _Memory(address.value, nbytes + alignment)
+        raise torch.OutOfMemoryError(f"{device}: cuMemAlloc of {whole_nbytes} bytes: CUDA driver error {result}")
+    memory = _Memory(address.value, whole_nbytes)
     weakref.finalize(memory, _free, address.value, device).atexit = False  # the driver may be gone by then
-    first = -address.value % alignment
-    return torch.as_tensor(memory, device=device)[first : first + nbytes]
+    return torch.as_tensor(memory, device=device)[:nbytes]
+
+
+def pin(slab: HostSlab, device: torch.device) -> None:
+    """Register a host slab, for as long as it lives: the device then copies to and from it while the host goes on.
+
+    Raises:
+        torch.OutOfMemoryError: no more memory can be pinned.
+    """
+    with _context_of(device):
+        result = _driver().cuMemHostRegister_v2(
+            ctypes.c_void_p(slab.address), ctypes.c_size_t(slab.nbytes), ctypes.c_uint(_PORTABLE)
+        )
+    if result != 0:
+        raise torch.OutOfMemoryError(f"{slab.nbytes} bytes of host memory: cuMemHostRegister: driver error {result}")
+    # The memory itself is unmapped later: the slab and its tensor go first.
+    weakref.finalize(slab, _unpin, slab.address, device).atexit = False
 
 
 def _free(address: int, device: torch.device) -> None:
-    with torch.cuda.device(device):
-        torch.cuda.mem_get_info(device)
+    with _context_of(device):
         _driver().cuMemFree_v2(ctypes.c_uint64(address))
+
+
+def _unpin(address: int, device: torch.device) -> None:
+    with _context_of(device):
+        _driver().cuMemHostUnregister(ctypes.c_void_p(address))
+
+
+@contextmanager
+def _context_of(device: torch.device) -> Iterator[None]:
+    """The device's context is this thread's meanwhile."""
+    with torch.cuda.device(device):
+        torch.cuda.mem_get_info(device)  # torch makes none current for a device that is the thread's already
+        yield
 
 
 class _Memory:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from gpudcp.executors.devicememory import allocate
+from gpudcp.executors.devicememory import allocate, pin
 from gpudcp.executors.slabs import HostSlab
 
 
@@ -94,11 +94,9 @@ class CudaDevice:
         return allocate(nbytes, self.torch_device)
 
     def new_host_slab(self, nbytes: int) -> HostSlab:
-        try:
-            with torch.cuda.device(self.torch_device):
-                return HostSlab(nbytes, is_pinned=True)
-        except torch.cuda.CudaError as err:
-            raise torch.OutOfMemoryError(f"{nbytes} bytes of host memory cannot be pinned: {err}") from err
+        slab = HostSlab(nbytes)
+        pin(slab, self.torch_device)
+        return slab
 
     def on_device(self, data: torch.Tensor) -> torch.Tensor:
         return data.to(self.torch_device, non_blocking=True)

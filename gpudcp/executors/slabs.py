@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import mmap
-import weakref
 from contextlib import suppress
-from typing import Any
 
 import torch
 
@@ -16,12 +14,12 @@ class HostSlab:
     """One page-aligned host buffer: as a memoryview, as a flat uint8 tensor, and as an address.
 
     On huge pages where the kernel has them: a direct write of 4 MiB then is a handful of segments instead of a
-    thousand. ``is_pinned`` registers it with CUDA, which then copies to and from it while the host goes on.
+    thousand.
     """
 
     __slots__ = ("__weakref__", "address", "nbytes", "tensor", "view")
 
-    def __init__(self, nbytes: int, *, is_pinned: bool = False) -> None:
+    def __init__(self, nbytes: int) -> None:
         is_huge = nbytes >= _HUGE_PAGE_NBYTES and hasattr(mmap, "MADV_HUGEPAGE")
         # Address space for the alignment: untouched, so it takes no memory.
         mapped_nbytes = nbytes + _HUGE_PAGE_NBYTES if is_huge else nbytes
@@ -35,8 +33,3 @@ class HostSlab:
         self.view = memoryview(memory)[start : start + nbytes]
         self.tensor = mapped[start : start + nbytes]
         self.address = self.tensor.data_ptr()
-        if is_pinned:
-            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(runtime.cudaHostRegister(self.address, nbytes, 0))
-            # The memory itself is unmapped later: this slab and its tensor go first.
-            weakref.finalize(self, runtime.cudaHostUnregister, self.address).atexit = False

@@ -72,9 +72,14 @@ class DeviceExecutor:
         self._fallback = fallback
 
     def _prepare(self, lanes: Sequence[Lane]) -> None:
-        if self._registers_slabs:
+        if not self._registers_slabs:
+            return
+        try:
             for lane in lanes:
                 lane.register()
+        except (RuntimeError, OSError, ValueError) as err:
+            # Only slower: cuFile then moves the bytes through device memory of its own.
+            self._note(f"slabs are not registered with cuFile: {err}")
 
     def _taken_over(self, why: str) -> Executor:
         """The fallback, which is from now on what a report names."""

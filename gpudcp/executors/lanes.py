@@ -6,6 +6,7 @@ everything else that the device does; so lanes outlive a transfer, at most as ma
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -16,6 +17,8 @@ import torch
 
 from gpudcp.executors.devices import Device, Event
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+
+_logger = logging.getLogger("gpudcp")
 
 MARGIN_NBYTES = SLAB_ALIGNMENT_NBYTES
 """Before and after a device slab's own bytes: CRC patches and reads of whole blocks may begin before them or end after
@@ -53,12 +56,16 @@ class Lane:
             self._is_registered = True
 
     def release(self) -> None:
-        """The lane is given up: cuFile forgets the slab before its memory is freed."""
+        """The lane is given up: cuFile forgets the slab before its memory is freed, or the memory stays allocated."""
         if self._is_registered:
             from gpudcp.files.kvikio import deregister
 
-            deregister(self.memory)
             self._is_registered = False
+            try:
+                deregister(self.memory)
+            except (RuntimeError, OSError, ValueError) as err:
+                # The transfer is over, and all its bytes are where they belong.
+                _logger.warning("a slab stays in device memory, as cuFile does not let go of it: %s", err)
 
     def slab(self, nbytes: int) -> torch.Tensor:
         """The first bytes of the device slab."""

@@ -114,9 +114,12 @@ def register(tensor: torch.Tensor) -> None:
 
 
 def deregister(tensor: torch.Tensor) -> None:
-    """Undo `register`, before the memory is freed and when no transfer uses it any more."""
-    del _registered[tensor.data_ptr()]
+    """Undo `register`, before the memory is freed and when no transfer uses it any more.
+
+    After an error the tensor is kept alive for good: cuFile may still know its memory.
+    """
     _kvikio().memory_deregister(_DeviceBytes(tensor.data_ptr(), tensor.nbytes))
+    del _registered[tensor.data_ptr()]
 
 
 class CuFileFacts(NamedTuple):

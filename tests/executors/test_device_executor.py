@@ -305,6 +305,29 @@ def test_a_read_as_long_as_a_slab_from_any_byte_of_a_device_file(before: int) ->
     assert {call.kind for call in backend.moved} == {"read"}
 
 
+def test_slabs_that_cufile_does_not_register_are_used_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A save and a load, each with one line in the log and one in the report."""
+    notes: list[str] = []
+    executor = executor_of(InterpretedDevice(), notes=notes)
+    executor._registers_slabs = True
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("GPU memory pinning failed")
+
+    monkeypatch.setattr("gpudcp.files.kvikio.register", refuse)
+    entries = [random_tensor(3000), random_tensor(10)]
+    backend = DeviceFiles()
+    saved_by(executor, entries, backend)
+    target = Target({n: torch.zeros(each.shape) for n, each in enumerate(entries)})
+    executor.load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
+    assert [target.committed[n] for n in (0, 1)] == [each.numpy().tobytes() for each in entries]
+    assert executor.name == "interpret"
+    assert notes == ["slabs are not registered with cuFile: GPU memory pinning failed"] * 2
+    assert len(caplog.records) == 2
+
+
 # --- a device that is full --------------------------------------------------------------------------------------------
 
 

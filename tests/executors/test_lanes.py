@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +121,25 @@ def test_slabs_are_registered_once_and_forgotten_before_they_are_freed(monkeypat
     for lanes in lanes_of_process._free.values():
         for lane in lanes:
             lane.release()
+
+
+def test_memory_that_cufile_does_not_let_go_of_is_never_freed(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And the transfer, which is over by then, does not fail for it."""
+
+    def refuse(_: object) -> None:
+        raise RuntimeError("cuFile said no")
+
+    package = SimpleNamespace(memory_register=lambda _: None, memory_deregister=refuse)
+    monkeypatch.setattr(kvikio, "_kvikio", lambda: package)
+    monkeypatch.setattr(kvikio, "_registered", {})
+    with acquired(SmallDevice(), 1, slab_nbytes=8192, least_nbytes=8192) as taken:
+        memory = taken[0].memory
+        taken[0].register()
+    with acquired(SmallDevice(), 1, slab_nbytes=4096, least_nbytes=4096):
+        assert [tensor is memory for tensor in kvikio._registered.values()] == [True]
+    assert "cuFile said no" in caplog.text
 
 
 def test_threads_never_share_a_lane() -> None:

@@ -33,6 +33,8 @@ class Options:
 
     executor: Executor = "auto"
     files: Files = "auto"
+    """How bytes reach files. For a GPU's tensors, and where KvikIO is installed, ``auto`` tries it once in a process
+    and file system, with 256 KiB of a file that has no name, or none for long (see `gpudcp.files.trial`)."""
     slab_nbytes: int | None = None
     """One slab, and so the largest single read or write, in bytes: a multiple of 4096. None: 4 MiB on the host, 32 MiB
     on a device."""

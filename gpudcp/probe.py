@@ -79,7 +79,8 @@ def _gds() -> Capability:
     return Capability(
         name="gds",
         is_available=True,
-        reason=f"GPUDirect Storage over {gds.transport()}; a trial transfer before the first use has the last word",
+        reason=f"GPUDirect Storage over {gds.transport()}; a trial transfer before the first use has the last word; "
+        "beside the slabs, cuFile takes up to max_device_cache_size_kb of cufile.json (128 MiB) of device memory",
     )
 
 

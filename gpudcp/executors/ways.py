@@ -10,7 +10,7 @@ import torch
 from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors.devicememory import allocate
 from gpudcp.files import gds
-from gpudcp.files.figures import Direction, Way
+from gpudcp.files.figures import KVIKIO_WAYS, Direction, Way
 from gpudcp.files.filesystems import supports_direct_io
 from gpudcp.files.trial import TRIAL_NBYTES, DeviceIO, try_device_io
 from gpudcp.files.tune import Choice, choose_way, choose_write
@@ -33,7 +33,8 @@ def choose_files(options: Options, directory: str, direction: Direction, gpu: to
     except BackendUnavailableError as err:
         return posix._replace(reason=f"{posix.reason}; KvikIO failed: {err}")
     ways: list[Way] = ["gds" if trial.is_gds else "compat", posix.way]
-    return choose_way(directory, direction=direction, device=figures_name(gpu), ways=ways)
+    choice = choose_way(directory, direction=direction, device=figures_name(gpu), ways=ways)
+    return choice._replace(reason=f"{choice.reason}; {trial.reason}") if choice.way in KVIKIO_WAYS else choice
 
 
 def figures_name(gpu: torch.device | None) -> str:

@@ -130,6 +130,8 @@ class CuFileFacts(NamedTuple):
     is_nvidia_fs_loaded: bool
     may_fall_back: bool
     """cuFile itself may move bytes by POSIX calls, without a word."""
+    device_cache_nbytes: int
+    """Memory that cuFile may take on each device for itself, beside whatever a transfer takes."""
 
 
 def cufile_facts() -> CuFileFacts:
@@ -138,9 +140,14 @@ def cufile_facts() -> CuFileFacts:
     import kvikio.defaults
 
     if kvikio.defaults.is_compat_mode_preferred():
-        return CuFileFacts(True, False, False)
+        return CuFileFacts(True, False, False, 0)
     driver = kvikio.cufile_driver
-    return CuFileFacts(False, bool(driver.get("is_gds_available")), bool(driver.get("allow_compat_mode")))
+    return CuFileFacts(
+        False,
+        bool(driver.get("is_gds_available")),
+        bool(driver.get("allow_compat_mode")),
+        int(driver.get("max_device_cache_size")) << 10,
+    )
 
 
 @contextmanager
@@ -149,6 +156,15 @@ def compat_mode_forced() -> Iterator[None]:
     import kvikio.defaults
 
     with kvikio.defaults.set("compat_mode", kvikio.CompatMode.ON):
+        yield
+
+
+@contextmanager
+def compat_mode_refused() -> Iterator[None]:
+    """KvikIO opens files for cuFile or not at all meanwhile, in the whole process; else it decides for each file."""
+    import kvikio.defaults
+
+    with kvikio.defaults.set("compat_mode", kvikio.CompatMode.OFF):
         yield
 
 

@@ -1,7 +1,9 @@
 """One aligned write and read of device memory through KvikIO, in this process, with a deadline: does it work, and how?
 
-Tried once per file system, device and kind of memory, only after `gpudcp.files.gds` found nothing in the way. The file
-has no name where the file system can do that, and is gone in any case when the trial is over.
+Tried once per file system, device and kind of memory, only after `gpudcp.files.gds` found nothing in the way. It takes
+256 KiB of a file without a name, which nobody sees and no crash leaves behind. File systems that have no such files, as
+NFS and Lustre, get a name, ``.gpudcp-`` and 16 digits, for as long as the trial takes: a process that is killed in that
+moment leaves it.
 """
 
 from __future__ import annotations
@@ -10,13 +12,20 @@ import os
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Literal, NamedTuple
 
 import torch
 
-from gpudcp.errors import BackendUnavailableError, GpuDcpError
-from gpudcp.files.kvikio import copy_and_wait, cufile_facts, open_handle, read_raw, write_raw
+from gpudcp.errors import BackendUnavailableError, GpuDcpError, TransferError
+from gpudcp.files.kvikio import (
+    compat_mode_refused,
+    copy_and_wait,
+    cufile_facts,
+    open_handle,
+    read_raw,
+    write_raw,
+)
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 
 DEADLINE_S = 30.0
@@ -81,22 +90,41 @@ def _within(deadline_s: float, act: Callable[[], DeviceIO]) -> DeviceIO | str:
 
 
 def _trial(directory: str, tensor: torch.Tensor) -> DeviceIO:
+    path = os.path.join(directory, "(trial)")
     with _scratch_file(directory) as fd:
-        path = os.path.join(directory, "(trial)")
-        handle = open_handle(fd, path, "r+")
-        try:
+        with closing(open_handle(fd, path, "r+")) as handle:
             # After the opening, which opens the cuFile driver too.
             facts = cufile_facts()
             passed_by = min(_write_and_read(handle, path, fd, tensor) for _ in range(_TIMES_COUNTED)) < TRIAL_NBYTES
-        finally:
-            handle.close()
-    if facts.is_compat_mode:
-        return DeviceIO(False, "KvikIO in compat mode: POSIX calls through pinned memory")
-    if not facts.may_fall_back:
-        return DeviceIO(True, "GPUDirect Storage; cuFile may not fall back (allow_compat_mode is false)")
-    if facts.is_nvidia_fs_loaded and passed_by:
-        return DeviceIO(True, "GPUDirect Storage; no byte of a trial passed through a POSIX call")
-    return DeviceIO(False, "KvikIO through cuFile, which may fall back to POSIX; allow_compat_mode false shows whether")
+        if facts.is_compat_mode:
+            return DeviceIO(False, "KvikIO in compat mode: POSIX calls through pinned memory")
+        own = f"cuFile takes up to {facts.device_cache_nbytes >> 20} MiB of device memory for itself"
+        if facts.is_nvidia_fs_loaded:
+            # Whatever cuFile and KvikIO say of themselves: KvikIO may have fallen back for this very file.
+            if passed_by:
+                return DeviceIO(True, f"GPUDirect Storage; no byte of a trial passed through a POSIX call; {own}")
+            return DeviceIO(False, "KvikIO through cuFile, but the bytes of a trial passed through POSIX calls")
+        if facts.may_fall_back:
+            return DeviceIO(
+                False, "KvikIO through cuFile, which may fall back to POSIX; allow_compat_mode false shows whether"
+            )
+        try:
+            _try_without_compat_mode(fd, path, tensor)
+        except TransferError as err:
+            return DeviceIO(False, f"KvikIO in compat mode for the files here: {err}")
+    return DeviceIO(True, f"GPUDirect Storage; neither KvikIO nor cuFile may fall back in a trial; {own}")
+
+
+def _try_without_compat_mode(fd: int, path: str, tensor: torch.Tensor) -> None:
+    """PCI P2PDMA goes through system calls too, so only that it works where nothing may fall back shows it.
+
+    Raises:
+        TransferError: it does not.
+    """
+    with compat_mode_refused():
+        handle = open_handle(fd, path, "r+")
+    with closing(handle):
+        _write_and_read(handle, path, fd, tensor)
 
 
 def _write_and_read(handle: object, path: str, fd: int, tensor: torch.Tensor) -> int:

@@ -57,6 +57,7 @@ def test_gpudirect_storage_is_taken_where_a_trial_shows_it(tmp_path: Path, monke
     """For a GPU's memory, both ways."""
     with_kvikio(monkeypatch, DeviceIO(True, "a trial"))
     assert [way_of(tmp_path, direction) for direction in ("write", "read")] == ["gds", "gds"]
+    assert choose_files(Options(), str(tmp_path), "write", GPU).reason.endswith("; a trial"), "the evidence"
     assert way_of(tmp_path, gpu=None) in ("direct", "buffered")
     assert way_of(tmp_path, files="posix") in ("direct", "buffered")
 

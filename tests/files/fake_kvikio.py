@@ -24,6 +24,8 @@ class FakeCuFile:
         package.before_open()
         if package.open_error is not None:
             raise package.open_error
+        if package.opens_without_direct_io and package.compat_mode == "OFF":
+            raise RuntimeError("O_DIRECT refused")
         self._package = package
         self._fd = os.open(path, {"r": os.O_RDONLY, "r+": os.O_RDWR}[flags])
         self.closed = False
@@ -60,6 +62,9 @@ class FakeKvikio:
         self.is_compat = False
         self.is_nvidia_fs_loaded = True
         self.may_fall_back = True
+        self.opens_without_direct_io = False
+        """As where O_DIRECT or cuFile's registration is refused: such a file falls back for itself, if it may."""
+        self.compat_mode = "AUTO"
         self.falls_back: tuple[str, ...] = ()
         """Directions that go by system calls."""
         self.spoils: tuple[str, ...] = ()
@@ -74,7 +79,7 @@ class FakeKvikio:
         if self.error is not None:
             raise self.error
         host = (ctypes.c_char * size).from_address(address + dev_offset)
-        if what in self.falls_back:
+        if what in self.falls_back or self.opens_without_direct_io:
             self._by_system_calls(what, fd, host, file_offset)
         else:
             self._past_system_calls(what, fd, host, file_offset)
@@ -108,21 +113,27 @@ class FakeKvikio:
     @contextmanager
     def set_default(self, name: str, value: str) -> Iterator[None]:
         self.settings.append((name, value))
-        yield
-        self.settings.append((name, "as found"))
+        found, self.compat_mode = self.compat_mode, value
+        try:
+            yield
+        finally:
+            self.compat_mode = found
+            self.settings.append((name, "as found"))
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Be the kvikio that `import` finds."""
         package = ModuleType("kvikio")
         defaults = SimpleNamespace(is_compat_mode_preferred=lambda: self.is_compat, set=self.set_default)
         driver = SimpleNamespace(
-            get=lambda name: {"is_gds_available": self.is_nvidia_fs_loaded, "allow_compat_mode": self.may_fall_back}[
-                name
-            ]
+            get=lambda name: {
+                "is_gds_available": self.is_nvidia_fs_loaded,
+                "allow_compat_mode": self.may_fall_back,
+                "max_device_cache_size": 131072,
+            }[name]
         )
         names: dict[str, Any] = {
             "CuFile": lambda path, flags: FakeCuFile(self, path, flags),
-            "CompatMode": SimpleNamespace(ON="ON"),
+            "CompatMode": SimpleNamespace(ON="ON", OFF="OFF"),
             "memory_register": lambda buf: self.registered.append(_extent(buf)),
             "memory_deregister": lambda buf: self.registered.remove(_extent(buf)),
             "defaults": defaults,

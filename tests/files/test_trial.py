@@ -56,7 +56,27 @@ def test_a_fallback_inside_cufile_is_not_called_gds(
     package.falls_back = falls_back
     found = try_in(tmp_path)
     assert not found.is_gds
-    assert "allow_compat_mode" in found.reason
+    assert "passed through POSIX calls" in found.reason
+
+
+@pytest.mark.parametrize("is_nvidia_fs_loaded", [True, False])
+def test_kvikios_own_fallback_for_a_file_is_not_called_gds(
+    tmp_path: Path, package: FakeKvikio, is_nvidia_fs_loaded: bool
+) -> None:
+    """It opens the file without O_DIRECT, and says nothing; that cuFile may not fall back is beside the point."""
+    package.may_fall_back, package.is_nvidia_fs_loaded = False, is_nvidia_fs_loaded
+    package.opens_without_direct_io = True
+    found = try_in(tmp_path)
+    assert not found.is_gds
+    assert package.compat_mode == "AUTO"
+
+
+def test_gds_names_the_memory_that_cufile_takes_for_itself(tmp_path: Path, package: FakeKvikio) -> None:
+    """It is no part of the lanes."""
+    assert "cuFile takes up to 128 MiB of device memory for itself" in try_in(tmp_path).reason
+    package.is_nvidia_fs_loaded = package.may_fall_back = False
+    trial._answers.clear()
+    assert "cuFile takes up to 128 MiB of device memory for itself" in try_in(tmp_path).reason
 
 
 def test_without_nvidia_fs_it_is_gds_only_where_cufile_may_not_fall_back(tmp_path: Path, package: FakeKvikio) -> None:
@@ -69,6 +89,7 @@ def test_without_nvidia_fs_it_is_gds_only_where_cufile_may_not_fall_back(tmp_pat
     trial._answers.clear()
     package.may_fall_back = False
     assert try_in(tmp_path).is_gds
+    assert package.settings == [("compat_mode", "OFF"), ("compat_mode", "as found")]
 
 
 @pytest.mark.parametrize("direction", ["write", "read"])

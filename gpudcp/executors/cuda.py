@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from heapq import merge
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -135,7 +135,8 @@ class DeviceExecutor:
                 for file in plan.files
             ]
             slab_nbytes = lanes[0].slab_nbytes
-            for turn, (number, contents) in enumerate(_in_turn(plan.files, slab_nbytes)):
+            turns = _in_turn(plan.files, slab_nbytes, is_by_file=not source.keeps_memory)
+            for turn, (number, contents) in enumerate(turns):
                 lane = lanes[turn % len(lanes)]
                 with stopwatch.phase("write"):
                     lane.wait()
@@ -187,9 +188,16 @@ class DeviceExecutor:
         return True
 
 
-def _in_turn(files: Sequence[SaveFilePlan], slab_nbytes: int) -> Iterator[tuple[int, SlabContents]]:
-    """The slabs of all files, with the number of their file, so that all files grow at one pace."""
+def _in_turn(
+    files: Sequence[SaveFilePlan], slab_nbytes: int, *, is_by_file: bool
+) -> Iterator[tuple[int, SlabContents]]:
+    """The slabs of all files, with the number of their file, so that all files grow at one pace.
+
+    Or file by file: a tensor's slabs then come one after the other, and its memory is done with before the next one's.
+    """
     numbered = [zip(repeat(number), cut_into_slabs(file, slab_nbytes=slab_nbytes)) for number, file in enumerate(files)]
+    if is_by_file:
+        return chain.from_iterable(numbered)
     return merge(*numbered, key=lambda each: each[1].byte_offset)
 
 
@@ -263,11 +271,11 @@ class _Load:
         with self._stopwatch.phase("read"):
             first_byte = lane.wait()
         with self._stopwatch.phase("unpack"):
-            boxes = [self._destinations.box(chunk) for chunk in read.chunks if chunk.position != NO_DESTINATION]
             chunks = [chunk for chunk in read.chunks if chunk.position != NO_DESTINATION]
-            pairs = list(zip(chunks, boxes, strict=True))
-            on_device = [pair for pair in pairs if not pair[1].is_cpu or lane.device.owns(pair[1])]
-            on_host = [pair for pair in pairs if pair[1].is_cpu and not lane.device.owns(pair[1])]
+            pairs = [(chunk, self._destinations.box(chunk)) for chunk in chunks]
+            on_device = [pair for pair in pairs if lane.device.owns(pair[1])]
+            # Those of another device too: by the host's casts, and in pieces of a slab, as on the cpu executor.
+            on_host = [pair for pair in pairs if not lane.device.owns(pair[1])]
             if first_byte is None and not on_device:
                 crcs = [crc32(lane.host.view[s.slab_offset : s.slab_offset + s.nbytes]) for s in read.segments]
                 self._unpacking.append(_Step(read, lane, on_host, torch.tensor(crcs, dtype=torch.int64)))
@@ -331,6 +339,10 @@ def _read(file: FileReader, read: SlabRead, lane: Lane) -> int | None:
     if not isinstance(file, DeviceFileReader):
         file.read(lane.host.view[: read.nbytes], read.byte_offset)
         return None
+    # Into the slab also where the read and its destination are aligned alike (`SlabRead.is_straight`). A destination is
+    # never registered, so cuFile would move its bytes through buffers of its own: a copy on the device either way, and
+    # the slab's takes a hundredth of the file's time. In the destination no failed checksum is ahead of the old values,
+    # memory of expandable segments would need a trial of its own, and tied destinations would have to take turns.
     first_byte = read.byte_offset % SLAB_ALIGNMENT_NBYTES
     file.read_device(lane.slab(first_byte + read.nbytes), read.byte_offset - first_byte)
     return first_byte

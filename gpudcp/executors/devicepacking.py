@@ -1,13 +1,15 @@
 """From the tensors of a save to the slabs of one file, in device memory.
 
-Device tensors take one kernel for each pair of dtypes; envelopes, objects and host tensors are packed on the host and
-take one copy and one scatter; checksums and their patches stay on the device until the file is done.
+The device's own tensors take one kernel for each pair of dtypes; envelopes, objects and all other tensors, those of
+another device too, are packed on the host, a slab's part at a time, and take one copy and one scatter; checksums and
+their patches stay on the device until the file is done.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,6 +48,8 @@ class SlabPacker:
         self._host_crcs: dict[int, int] = {}
         self._slots: torch.Tensor | None = None
         self._packed: Event | None = None
+        self._is_begun = False
+        """Whether the slab at hand has work on the device already."""
         for row, write in enumerate(file.writes):
             # What has no payload part is never resolved for one, but the source is asked once for each.
             if not isinstance(write, ChunkWrite):
@@ -57,13 +61,17 @@ class SlabPacker:
     def fill(self, lane: Lane, contents: SlabContents) -> Event | None:
         """Begin to fill the lane's device slab; returns the end of that. None: the lane's host slab is filled instead,
         because nothing in it is on the device."""
-        payloads = [self._payload(part.row) for part in contents.parts]
-        staged = [
-            (part.slab_offset, self._host_bytes(part, payload))
-            for part, payload in zip(contents.parts, payloads, strict=True)
-            if not payload.is_on_device
-        ]
-        on_device = [pair for pair in zip(contents.parts, payloads, strict=True) if pair[1].is_on_device]
+        staged: list[tuple[int, memoryview]] = []
+        on_device: list[tuple[PayloadPart, _Payload]] = []
+        self._is_begun = False
+        for part in contents.parts:
+            payload = self._payload(part.row)
+            if not payload.is_on_device:
+                staged.append((part.slab_offset, self._host_bytes(part, payload)))
+                continue
+            on_device.append((part, payload))
+            if not self._source.keeps_memory:
+                self._pack_at_once(lane, contents.nbytes, part, payload)
         staged += [(literal.slab_offset, self._with_host_crc(literal)) for literal in contents.literals]
         patches = [
             (literal.row, literal.slab_offset + place)
@@ -71,7 +79,8 @@ class SlabPacker:
             if literal.row != NO_ROW and literal.row not in self._host_crcs
             for place in literal.crc_offsets
         ]
-        lane.kept += [payload.tensor for _, payload in on_device]
+        if self._source.keeps_memory:
+            lane.kept += [payload.tensor for _, payload in on_device]
         for part in contents.parts:
             if part.stop == self._payload_numel(part.row):
                 del self._tensors[part.row]
@@ -101,21 +110,15 @@ class SlabPacker:
         return payload
 
     def _prepared(self, tensor: torch.Tensor, dtype: torch.dtype) -> _Payload:
-        """The tensor as kernels take it, or as it is, if the host packs it. On the caller's stream."""
-        is_foreign = not (tensor.is_cpu or self._device.owns(tensor))
-        if tensor.is_cpu and not self._device.owns(tensor):
-            return _Payload(tensor if self._source.keeps_memory else tensor.clone(), dtype, False)
-        tensor = tensor.resolve_conj().resolve_neg()
-        if tensor.dtype != dtype and (is_foreign or not is_castable(tensor.dtype, dtype)):
-            cast = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
-            copy_cast(cast, tensor)
-            tensor = cast
-        elif not self._source.keeps_memory:
-            tensor = tensor.clone()
-        tensor, dtype = as_bits(tensor, dtype)
-        if is_foreign:
-            tensor = tensor.to(self._device.torch_device)
-        return _Payload(tensor, dtype, True)
+        """The tensor as kernels take it or, where they cannot take it, as it is.
+
+        What they cannot take the host packs by parts: casting or moving it on a device would take memory for all of it.
+        """
+        is_view_of_another = tensor.is_conj() or tensor.is_neg()
+        is_castable_here = tensor.dtype == dtype or is_castable(tensor.dtype, dtype)
+        if is_view_of_another or not is_castable_here or not self._device.owns(tensor):
+            return _Payload(tensor, dtype, False)
+        return _Payload(*as_bits(tensor, dtype), True)
 
     def _payload_numel(self, row: int) -> int:
         write: Any = self._file.writes[row]
@@ -126,12 +129,14 @@ class SlabPacker:
         tensor, dtype, start = payload.tensor, payload.dtype, part.start
         if is_plain_memory(tensor, dtype):
             memory = memory_at(tensor.data_ptr() + start * dtype.itemsize, (part.stop - start) * dtype.itemsize)
+            if not self._source.keeps_memory:
+                memory = memoryview(bytes(memory))
         else:
             tensor, dtype = as_bits(tensor, dtype)
             packed = torch.empty(part.stop - start, dtype=dtype)
             taken = 0
             for box in boxes_of_run(tuple(tensor.shape), start, part.stop):
-                view = _view(tensor, box)
+                view = _view(tensor, box).cpu()  # as it is: the rule's casts are the host's
                 copy_cast(packed[taken : taken + view.numel()].view(view.shape), view)
                 taken += view.numel()
             memory = packed.view(torch.uint8).numpy().data
@@ -158,15 +163,11 @@ class SlabPacker:
         on_device: list[tuple[PayloadPart, _Payload]],
         patches: list[tuple[int, int]],
     ) -> Event:
-        # After all that the caller queued, which may still be computing these tensors.
-        lane.stream.wait_for_caller()
-        if self._packed is not None:
-            lane.stream.wait_for(self._packed)  # checksums go on from slab to slab
-        with lane.stream.current():
-            lane.slab(nbytes).zero_()
+        with self._on_stream(lane, nbytes):
             if staged:
                 self._scatter(lane, staged)
-            self._pack(lane, on_device)
+            if self._source.keeps_memory:
+                self._pack(lane, on_device)
             if self._has_checksum:
                 if self._slots is None:
                     self._slots = new_slots(len(self._file.writes), self._device.torch_device)
@@ -181,6 +182,29 @@ class SlabPacker:
                 )
             lane.event = self._packed = lane.stream.record()
             return self._packed
+
+    @contextmanager
+    def _on_stream(self, lane: Lane, nbytes: int) -> Iterator[None]:
+        """Work begun in this context fills the lane's slab, which held zeros before."""
+        # After all that the caller queued, which may still be computing these tensors.
+        lane.stream.wait_for_caller()
+        is_first, self._is_begun = not self._is_begun, True
+        if is_first and self._packed is not None:
+            lane.stream.wait_for(self._packed)  # checksums go on from slab to slab
+        with lane.stream.current():
+            if is_first:
+                lane.slab(nbytes).zero_()
+            yield
+
+    def _pack_at_once(self, lane: Lane, nbytes: int, part: PayloadPart, payload: _Payload) -> None:
+        """Pack a part and wait for it: when the source is asked again, the tensor's memory may become another's.
+
+        A copy would not have to be waited for, but it would take memory beside the lanes.
+        """
+        with self._on_stream(lane, nbytes):
+            self._pack(lane, [(part, payload)])
+            packed = lane.stream.record()
+        packed.synchronize()
 
     def _scatter(self, lane: Lane, staged: list[tuple[int, memoryview]]) -> None:
         # The host slab has nothing to hold before this stream copies the filled slab into it.

@@ -14,7 +14,6 @@ from gpudcp.chunkplan.load import ChunkRead, SlabRead
 from gpudcp.executors.boxtables import BoxTable
 from gpudcp.executors.casting import copy_cast
 from gpudcp.executors.compiling import first_launch_apart
-from gpudcp.executors.devices import Device
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits
 from gpudcp.report import Stopwatch
@@ -29,14 +28,14 @@ def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int) -> torch.T
 
 
 def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: int, stopwatch: Stopwatch) -> None:
-    """Unpack chunks of a read into their boxes of destinations, on the current stream.
+    """Unpack chunks of a read into their boxes of destinations on the lane's device, on the current stream.
 
     Destinations that share memory, as tied weights do, are filled one after the other: the last one wins.
     """
     pairs = list(pairs)
     base = MARGIN_NBYTES + first_byte - read.byte_offset
-    by_kernel = [pair for pair in pairs if _is_for_kernel(lane.device, *pair)]
-    others = [pair for pair in pairs if not _is_for_kernel(lane.device, *pair)]
+    by_kernel = [pair for pair in pairs if _is_for_kernel(*pair)]
+    others = [pair for pair in pairs if not _is_for_kernel(*pair)]
     for group in _apart(by_kernel):
         _unpack_by_kernel(lane, group, base, stopwatch)
     for chunk, box in others:
@@ -57,9 +56,9 @@ def _apart(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
     return groups
 
 
-def _is_for_kernel(device: Device, chunk: ChunkRead, box: torch.Tensor) -> bool:
+def _is_for_kernel(chunk: ChunkRead, box: torch.Tensor) -> bool:
     is_view_of_another = box.is_conj() or box.is_neg()
-    return device.owns(box) and not is_view_of_another and is_castable(chunk.dtype, box.dtype)
+    return not is_view_of_another and is_castable(chunk.dtype, box.dtype)
 
 
 def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: Stopwatch) -> None:
@@ -80,7 +79,7 @@ def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: 
 
 
 def _unpack_by_torch(lane: Lane, chunk: ChunkRead, box: torch.Tensor, base: int) -> None:
-    """Casts that the rule leaves to torch, views of conjugates, and memory of another device."""
+    """Casts that the rule leaves to torch, and views of conjugates."""
     start = base + chunk.byte_offset
     packed = lane.memory[start : start + chunk.nbytes].clone()  # a typed view must start on an element
     box, dtype = as_bits(box, chunk.dtype)

@@ -117,7 +117,13 @@ def _choose_device(
         on_gpu = [_current()]
     if (why := unavailable("cuda")) is not None:
         return None, f"the cpu executor: {why}"
-    return on_gpu[0], f"the cuda executor: tensors on {', '.join(map(str, on_gpu))}"
+    reason = f"the cuda executor: tensors on {', '.join(map(str, on_gpu))}"
+    if len(on_gpu) > 1:
+        # One ring, so that memory is bounded and a file has one order, whatever its tensors are on.
+        reason = (
+            f"{reason}; lanes on {on_gpu[0]}, what is on others goes through host memory, a part of a slab at a time"
+        )
+    return on_gpu[0], reason
 
 
 def _device_executor(

@@ -244,7 +244,9 @@ class Source:
         return self.tensors[position]
 
 
-def save_of(entries: Sequence[Entry], *, slab_nbytes: int, path: str = "file") -> tuple[SaveChunkPlan, Source]:
+def save_of(
+    entries: Sequence[Entry], *, slab_nbytes: int, path: str = "file", more_paths: Sequence[str] = ()
+) -> tuple[SaveChunkPlan, Source]:
     """The plan that writes these entries, and the source of its tensors."""
     tensors: dict[int, torch.Tensor] = {}
     literals: dict[int, bytes] = {}
@@ -263,7 +265,7 @@ def save_of(entries: Sequence[Entry], *, slab_nbytes: int, path: str = "file") -
             size=tensor.shape,
         )
         items.append(WriteItem(index=index, type=WriteItemType.TENSOR, tensor_data=data))
-    return plan_save(items, literals, paths=[path], slab_nbytes=slab_nbytes), Source(tensors)
+    return plan_save(items, literals, paths=[path, *more_paths], slab_nbytes=slab_nbytes), Source(tensors)
 
 
 def naive_file(plan: SaveFilePlan, source: Source, *, has_checksum: bool = True) -> tuple[bytes, list[int | None]]:

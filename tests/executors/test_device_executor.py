@@ -15,6 +15,7 @@ from executor_fakes import Call, Entry, Files, MemoryBackend, Source, Target, na
 from executor_rings import _interpreted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import LoadChunkPlan, PayloadCheck, ReadRequest, plan_load
@@ -204,22 +205,61 @@ def test_host_and_device_destinations_share_a_read(has_device_files: bool) -> No
     assert sorted(target.positions("commit")) == [0, 1, 2, 3]
 
 
-def test_a_source_that_reuses_its_memory_is_copied_before_it_is_asked_again() -> None:
-    """For host and device memory alike."""
+class Reusing(Source):
+    """Gives all that it is asked for in one piece of memory, on the device or (odd positions) on the host."""
 
-    class Reusing(Source):
-        def resolve(self, position: int) -> torch.Tensor:
-            first = position % 2 * 16 + -buffer.data_ptr() % 32
-            view = buffer[first : first + 4000].view(torch.float32)
-            return view.copy_(super().resolve(position))
+    def __init__(self, tensors: dict[int, torch.Tensor]) -> None:
+        super().__init__(tensors, keeps_memory=False)
+        self._memory = torch.zeros(max(tensor.nbytes for tensor in tensors.values()) + 64, dtype=torch.uint8)
 
-    buffer = torch.zeros(4096, dtype=torch.uint8)
-    entries: list[Entry] = [random_tensor(1000, seed=n) for n in range(4)]
+    def resolve(self, position: int) -> torch.Tensor:
+        tensor = super().resolve(position)
+        self._memory.fill_(0xA5)
+        first = position % 2 * 16 + -self._memory.data_ptr() % 32
+        return self._memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+class Allocations(TorchDispatchMode):
+    """The most bytes that one call of torch allocated."""
+
+    most_nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        known = {each.untyped_storage().data_ptr() for each in args if isinstance(each, torch.Tensor)}
+        if isinstance(found, torch.Tensor) and found.untyped_storage().data_ptr() not in known:
+            self.most_nbytes = max(self.most_nbytes, found.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize("more_paths", [[], ["second"]], ids=["one file", "two files"])
+def test_a_source_that_reuses_its_memory_is_waited_for_and_not_copied(more_paths: list[str]) -> None:
+    """For host and device memory alike, in one slab and over several: memory stays within the lanes."""
+    entries: list[Entry] = [random_tensor(n, seed=n) for n in (1000, 5000, 5000, 700, 300, 5000, 5001)]
+    plan, source = save_of(entries, slab_nbytes=8192, more_paths=more_paths)
+    backend, reusing = MemoryBackend(), Reusing(source.tensors)
+    with Allocations() as allocations:
+        executor_of(MixedDevice()).save(plan, reusing, backend.create, Stopwatch())
+    for file in plan.files:
+        assert backend.content(file.path) == naive_file(file, source)[0]
+    assert 0 < allocations.most_nbytes <= 8192
+
+
+def test_what_a_device_does_not_pack_itself_goes_through_the_host_by_parts() -> None:
+    """Another device's tensors, casts that are torch's, conjugates: never a whole tensor at once."""
+    numbers = random_tensor(20_000, dtype=torch.int32)
+    entries: list[Entry] = [
+        placed(numbers, is_on_device=False),
+        (placed(numbers % 100, is_on_device=True), torch.int8),
+        placed(numbers.view(torch.complex64), is_on_device=True).conj(),
+        (placed(numbers.to(torch.float64), is_on_device=False), torch.bfloat16),
+    ]
     plan, source = save_of(entries, slab_nbytes=8192)
     backend = MemoryBackend()
-    reusing = Reusing(source.tensors, keeps_memory=False)
-    executor_of(MixedDevice()).save(plan, reusing, backend.create, Stopwatch())
+    with Allocations() as allocations:
+        executor_of(MixedDevice()).save(plan, source, backend.create, Stopwatch())
     assert backend.content("file") == naive_file(plan.files[0], source)[0]
+    assert allocations.most_nbytes <= 8192 * 4, "a slab's elements, as they are in memory"
 
 
 def test_tied_destinations_take_what_comes_last_and_cost_one_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,16 @@ def test_auto_falls_back_where_kernels_cannot_run_and_says_why(tmp_path: Path, m
     assert found.reasons[0] == "the cpu executor: no cuda, for a test"
 
 
+def test_tensors_on_several_gpus_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has the lanes; the others' way through host memory is slower."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(select_module, "unavailable", lambda _: None)
+    both = {torch.device("cuda", 1), torch.device("cuda", 0)}
+    device, reason = select_module._choose_device(Options(), lambda: both)
+    assert device == torch.device("cuda", 0)
+    assert reason.startswith("the cuda executor: tensors on cuda:0, cuda:1; lanes on cuda:0, what is on others goes")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 @pytest.mark.parametrize(
     ("options", "asked", "remedy"),

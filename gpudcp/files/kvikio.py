@@ -69,11 +69,14 @@ class KvikioWriter:
 
 
 class KvikioReader:
-    """An open file for device and host memory. Host memory is read through the page cache, at any alignment."""
+    """An open file for device and host memory. Host memory is read through the page cache, at any alignment.
 
-    def __init__(self, path: str) -> None:
+    ``file`` is the file, if it is open already; it is closed with this one.
+    """
+
+    def __init__(self, path: str, *, file: PosixReader | None = None) -> None:
         self.path = path
-        self._file = PosixReader(path)
+        self._file = file or PosixReader(path)
         try:
             self._handle = open_handle(self._file.fileno(), path, "r")
         except BaseException:

@@ -115,22 +115,32 @@ class PosixReader:
             raise CheckpointNotFoundError(f"{path}: a file that the checkpoint names does not exist") from None
         except OSError as err:
             raise _transfer_error(path, "cannot be opened", err, byte_offset=0, expected=None, moved=None) from err
-        if is_direct:
-            self._open_directly()
         self.nbytes = os.fstat(self._fd).st_size
         # Also when the reader becomes garbage: a load that fails between two of DCP's calls has nobody to close it.
-        self.close = weakref.finalize(self, _close, self._fd, self._direct_fd)
+        self.close = weakref.finalize(self, _close, self._fd, None)
         """Close the file; a second call does nothing."""
+        if is_direct:
+            try:
+                self.read_directly()
+            except BaseException:
+                self.close()
+                raise
 
-    def _open_directly(self) -> None:
+    def read_directly(self) -> None:
+        """From now on whole blocks go past the page cache, as with ``is_direct``. No read is running.
+
+        Raises:
+            TransferError: the file system opens no file with O_DIRECT; the file is read as before.
+        """
         try:
             # The very file, whatever has become of its name.
             self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
         except OSError as err:
-            os.close(self._fd)
             raise _transfer_error(
                 self.path, "cannot be opened with O_DIRECT", err, byte_offset=0, expected=None, moved=None
             ) from err
+        self.close.detach()
+        self.close = weakref.finalize(self, _close, self._fd, self._direct_fd)
 
     def fileno(self) -> int:
         """The descriptor, for those who reach the same file in another way."""

@@ -30,8 +30,15 @@ def open_writer(path: str, way: Way, *, nbytes: int, fsync: bool) -> FileWriter:
 
 def open_reader(path: str, way: Way) -> FileReader:
     """An open file."""
+    return read_by(PosixReader(path), way)
+
+
+def read_by(file: PosixReader, way: Way) -> FileReader:
+    """An open file, read by this way from now on, whatever has become of its name; closing it closes ``file``."""
     if way in KVIKIO_WAYS:
         from gpudcp.files.kvikio import KvikioReader
 
-        return KvikioReader(path)
-    return PosixReader(path)
+        return KvikioReader(file.path, file=file)
+    if way == "direct":
+        file.read_directly()
+    return file

@@ -239,7 +239,7 @@ class GpuStorageReader(StorageReader):
             target = PlannerTarget(plan.items, planner)
             selection = select(self.options, self.path, direction="read", devices=target.devices)
             executor = selection.executor
-        self._files.way = selection.way
+        self._files.read_by(selection.way)
         self._open_needed(stored, plan.items)
         with stopwatch.phase("plan"):
             needs = Needs(self._files, self.options, slab_nbytes=executor.slab_nbytes)

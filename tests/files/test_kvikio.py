@@ -192,6 +192,21 @@ def test_the_handle_is_of_the_file_that_was_opened_whatever_becomes_of_its_name(
     assert package.open_paths == [f"{path} (deleted)"]
 
 
+def test_a_file_that_is_open_already_is_taken_over(path: Path, package: FakeKvikio) -> None:
+    """Its name may be gone; it is closed with the reader, and where KvikIO cannot open it."""
+    path.write_bytes(bytes(8192))
+    files = [PosixReader(str(path)) for _ in range(2)]
+    path.unlink()
+    reader = KvikioReader(str(path), file=files[0])
+    reader.read_device(block_aligned(8192), 0)
+    reader.close()
+    assert package.transfers
+    package.open_error = RuntimeError("no handle")
+    with pytest.raises(TransferError, match="no handle"):
+        KvikioReader(str(path), file=files[1])
+    assert not any(file.close.alive for file in files)
+
+
 def test_a_missing_file_is_its_own_error_and_one_that_kvikio_cannot_open_is_closed(
     path: Path, package: FakeKvikio
 ) -> None:

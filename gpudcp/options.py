@@ -36,14 +36,15 @@ class Options:
     """How bytes reach files. For a GPU's tensors, and where KvikIO is installed, ``auto`` tries it once in a process
     and file system, with 256 KiB of a file that has no name, or none for long (see `gpudcp.files.trial`)."""
     slab_nbytes: int | None = None
-    """One slab, and so the largest single read or write, in bytes: a multiple of 4096. None: 4 MiB on the host, 32 MiB
-    on a device."""
+    """One slab, and so the largest single read or write, in bytes: a multiple of 4096. None: 32 MiB on a device, on the
+    host the request that `gpudcp.tune` found best, or 4 MiB."""
     lanes: int = 4
     """Slabs in the ring: one being packed or unpacked, the others on their way."""
     threads: int | None = None
     """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2."""
     direct_io: DirectIO = "auto"
-    """O_DIRECT for writes: ``auto`` decides by file-system type, ``on`` raises where it is not possible."""
+    """O_DIRECT for writes: ``auto`` decides by file-system type, ``on`` raises where it is not possible. Reads of a GPU's
+    tensors are direct only by ``auto`` or ``on``, and where that was measured to be faster."""
     fsync: bool = True
     """False skips every fsync: faster, and a power cut may then leave no checkpoint at all."""
     checksum: bool = True

@@ -16,11 +16,12 @@ from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.ways import choose_files, figures_name
 from gpudcp.files.figures import KVIKIO_WAYS, Direction, Way
 from gpudcp.files.ways import described
-from gpudcp.options import Options, c_compiler, ranks_of_this_node
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES, Options, c_compiler, ranks_of_this_node
 
 HOST_SLAB_NBYTES = 4 << 20
 DEVICE_SLAB_NBYTES = 32 << 20
 THREADS = 2
+_LEAST_HOST_SLAB_NBYTES = 1 << 20
 
 _REMEDY = "use Options(executor='auto') or 'cpu'"
 
@@ -63,7 +64,7 @@ def select(
     on_gpu = None if device is None or device.type == "cpu" else device
     choice = choose_files(options, directory, direction, on_gpu)
     threads = options.threads or _shared(choice.threads) or THREADS
-    slab_nbytes = options.slab_nbytes or (HOST_SLAB_NBYTES if device is None else DEVICE_SLAB_NBYTES)
+    slab_nbytes = options.slab_nbytes or _slab_nbytes(device, choice.request_nbytes)
     executor: Executor = CpuExecutor(
         lanes=options.lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=options.checksum
     )
@@ -163,6 +164,15 @@ def _is_interpreting() -> bool:
 
 def _current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def _slab_nbytes(device: torch.device | None, request_nbytes: int | None) -> int:
+    """What a slab has where nobody says. Each is one request to a file."""
+    if device is not None:
+        return DEVICE_SLAB_NBYTES  # what a launch costs asks for more than any file does
+    if request_nbytes is None or request_nbytes % SLAB_ALIGNMENT_NBYTES:
+        return HOST_SLAB_NBYTES
+    return min(max(request_nbytes, _LEAST_HOST_SLAB_NBYTES), DEVICE_SLAB_NBYTES)
 
 
 def _shared(threads: int | None) -> int | None:

@@ -67,11 +67,11 @@ def _trial_memory(gpu: torch.device) -> torch.Tensor:
 
 
 def _posix(options: Options, directory: str, direction: Direction, gpu: torch.device | None) -> Choice:
-    if direction == "read":
-        return Choice("buffered", None, None, "buffered reads: any alignment, and the ranks of a node share the pages")
-    if gpu is not None and options.direct_io == "auto":
-        # From pinned memory, which has figures of its own.
-        ways: tuple[Way, ...] = ("direct", "buffered") if supports_direct_io(directory) else ("buffered",)
-        return choose_way(directory, direction="write", device=figures_name(gpu), ways=ways)
+    if direction == "read" or (gpu is not None and options.direct_io == "auto"):
+        # Of pinned slabs, which have figures of their own. What the host reads goes to tensors at any address, where
+        # O_DIRECT does not reach; and buffered reads come first, as the ranks of a node share the pages.
+        may_be_direct = gpu is not None and options.direct_io != "off" and supports_direct_io(directory)
+        ways: tuple[Way, ...] = ("direct", "buffered") if may_be_direct else ("buffered",)
+        return choose_way(directory, direction=direction, device=figures_name(gpu), ways=ways)
     choice = choose_write(directory, options.direct_io)
-    return Choice("direct" if choice.is_direct else "buffered", None, None, choice.reason)
+    return Choice("direct" if choice.is_direct else "buffered", choice.threads, choice.request_nbytes, choice.reason)

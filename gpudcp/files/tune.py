@@ -28,13 +28,6 @@ _CLEARLY_FASTER = 1.1
 _TUNED = "gpudcp.tune measured"
 
 
-class WriteChoice(NamedTuple):
-    """Direct or buffered, and why, for the report."""
-
-    is_direct: bool
-    reason: str
-
-
 class Choice(NamedTuple):
     """The way to take, how many threads and bytes a request, where they were measured, and why, for the report."""
 
@@ -43,6 +36,15 @@ class Choice(NamedTuple):
     """Of the whole node: its ranks share them."""
     request_nbytes: int | None
     reason: str
+
+
+class WriteChoice(NamedTuple):
+    """Direct or buffered, and why, for the report; threads and bytes a request as in `Choice`."""
+
+    is_direct: bool
+    reason: str
+    threads: int | None = None
+    request_nbytes: int | None = None
 
 
 def choose_write(directory: str, direct_io: str) -> WriteChoice:
@@ -61,11 +63,9 @@ def choose_write(directory: str, direct_io: str) -> WriteChoice:
             )
         return WriteChoice(True, "Options(direct_io='on')")
     choice = choose_way(directory, direction="write", device="cpu", ways=("direct", "buffered"))
-    if choice.way == "buffered":
-        return WriteChoice(False, choice.reason)
-    if not supports_direct_io(directory):
+    if choice.way == "direct" and not supports_direct_io(directory):
         return WriteChoice(False, f"buffered writes: O_DIRECT refused, though this is {kind}")
-    return WriteChoice(True, choice.reason)
+    return WriteChoice(choice.way == "direct", choice.reason, choice.threads, choice.request_nbytes)
 
 
 def choose_way(directory: str, *, direction: Direction, device: str, ways: Sequence[Way]) -> Choice:

@@ -12,6 +12,7 @@ from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors import select as select_module
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.select import Selection, select, unavailable
+from gpudcp.files.tune import Choice
 from gpudcp.options import Options
 
 CPU = {torch.device("cpu")}
@@ -113,6 +114,23 @@ def test_the_files_of_a_report_are_those_of_whoever_moved_the_bytes() -> None:
     assert Selection(host, "direct", 1, "cpu", ("", "")).files == "posix direct"
     host.name = "cuda"
     assert Selection(host, "gds", 1, "some GPU", ("", "")).files == "KvikIO, GPUDirect Storage"
+
+
+@pytest.mark.parametrize(
+    ("request_nbytes", "expected"),
+    [(16 << 20, 16 << 20), (4096, 1 << 20), (1 << 40, 32 << 20), (5000, 4 << 20), (None, 4 << 20)],
+)
+def test_a_host_slab_is_the_request_that_was_measured_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_nbytes: int | None, expected: int
+) -> None:
+    """Within reason: anybody may have written the figures' file. Threads come with it, shared by a node's ranks."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    choice = Choice("buffered", 8, request_nbytes, "measured")
+    monkeypatch.setattr(select_module, "choose_files", lambda *_: choice)
+    found = selected(Options(), tmp_path)
+    assert (found.executor.slab_nbytes, found.threads) == (expected, 4)
+    assert selected(Options(executor="interpret"), tmp_path).executor.slab_nbytes == 32 << 20
+    assert selected(Options(slab_nbytes=8192), tmp_path).executor.slab_nbytes == 8192
 
 
 def test_the_options_of_the_ring_reach_the_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

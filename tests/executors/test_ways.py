@@ -11,7 +11,7 @@ import torch
 from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors import ways
 from gpudcp.executors.ways import choose_files
-from gpudcp.files.figures import Figure, Way, place_of, write_figures
+from gpudcp.files.figures import Direction, Figure, Way, place_of, write_figures
 from gpudcp.files.trial import DeviceIO
 from gpudcp.options import Options
 
@@ -40,10 +40,10 @@ def with_kvikio(monkeypatch: pytest.MonkeyPatch, trial: DeviceIO | str) -> None:
     monkeypatch.setattr(ways, "try_device_io", tried)
 
 
-def measured(directory: Path, device: str, **gb_per_s: float) -> None:
+def measured(directory: Path, device: str, direction: Direction = "write", **gb_per_s: float) -> None:
     """What `gpudcp.tune` found there."""
     figures = [
-        Figure(direction="write", way=way, threads=4, request_nbytes=1 << 20, gb_per_s=speed, ntransfers=1)  # type: ignore[arg-type]
+        Figure(direction=direction, way=way, threads=4, request_nbytes=1 << 20, gb_per_s=speed, ntransfers=1)  # type: ignore[arg-type]
         for way, speed in gb_per_s.items()
     ]
     assert write_figures(place_of(str(directory), device), "tuned", figures)
@@ -95,3 +95,23 @@ def test_pinned_memory_has_figures_of_its_own(tmp_path: Path) -> None:
     choice = choose_files(Options(), str(tmp_path), "write", GPU)
     assert (choice.way, choice.threads, choice.request_nbytes) == ("buffered", 4, 1 << 20)
     assert way_of(tmp_path, direct_io="off") == "buffered"
+
+
+def test_reads_are_direct_only_where_that_was_measured_to_be_faster(tmp_path: Path) -> None:
+    """Into pinned slabs; what the host reads goes to any address."""
+    assert way_of(tmp_path, "read") == "buffered"
+    for device in ("some GPU", "cpu"):
+        measured(tmp_path, device, "read", direct=9.0, buffered=1.0)
+    assert way_of(tmp_path, "read") == "direct"
+    assert way_of(tmp_path, "read", gpu=None) == "buffered"
+    assert way_of(tmp_path, "read", direct_io="off") == "buffered"
+    measured(tmp_path, "some GPU", "read", direct=1.0, buffered=1.0)
+    assert way_of(tmp_path, "read") == "buffered"
+
+
+@pytest.mark.parametrize("direction", ["write", "read"])
+def test_the_host_takes_threads_and_request_from_the_figures_too(tmp_path: Path, direction: Direction) -> None:
+    """As a GPU's memory does."""
+    assert choose_files(Options(), str(tmp_path), direction, None)[1:3] == (None, None)
+    measured(tmp_path, "cpu", direction, direct=1.0, buffered=1.0)
+    assert choose_files(Options(), str(tmp_path), direction, None)[1:3] == (4, 1 << 20)

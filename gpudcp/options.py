@@ -43,8 +43,8 @@ class Options:
     threads: int | None = None
     """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2."""
     direct_io: DirectIO = "auto"
-    """O_DIRECT for writes: ``auto`` decides by file-system type, ``on`` raises where it is not possible. Reads of a GPU's
-    tensors are direct only by ``auto`` or ``on``, and where that was measured to be faster."""
+    """O_DIRECT for writes: ``auto`` decides by file-system type, ``on`` raises where it is not possible. Reads of a
+    GPU's tensors are direct where that was measured to be faster, and with ``off`` never."""
     fsync: bool = True
     """False skips every fsync: faster, and a power cut may then leave no checkpoint at all."""
     checksum: bool = True

@@ -291,7 +291,9 @@ class _Load:
                         lane.slab(first_byte + read.nbytes)[first_byte:], non_blocking=True
                     )
                 at = first_byte or 0
-                crcs_on_host = lane.device.on_host(checksum_segments(lane, read, first_byte=at))
+                crcs_on_host = lane.device.on_host(
+                    checksum_segments(lane, read, first_byte=at, stopwatch=self._stopwatch)
+                )
                 unpack(lane, read, on_device, first_byte=at, stopwatch=self._stopwatch)
                 lane.event = self._unpacked = lane.stream.record()
             self._unpacking.append(_Step(read, lane, on_host, crcs_on_host))

@@ -25,7 +25,7 @@ from gpudcp.chunkplan.slabs import NO_ROW, Literal, PayloadPart, SlabContents
 from gpudcp.executors.base import SaveSource
 from gpudcp.executors.boxtables import BoxTable
 from gpudcp.executors.casting import copy_cast
-from gpudcp.executors.compiling import first_launch_apart
+from gpudcp.executors.compiling import checksumming, first_launch_apart, packing
 from gpudcp.executors.devices import Device, Event
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits, is_plain_memory, memory_at
@@ -171,15 +171,11 @@ class SlabPacker:
             if self._has_checksum:
                 if self._slots is None:
                     self._slots = new_slots(len(self._file.writes), self._device.torch_device)
-                with first_launch_apart(self._stopwatch, "checksum"):
-                    add_parts(self._slots, lane.memory, self._crc_parts(on_device))
-                rows, offsets = zip(*patches, strict=True) if patches else ((), ())
-                write_patches(
-                    lane.memory,
-                    self._slots,
-                    patch_slots=np.array(rows, dtype=np.int64),
-                    byte_offsets=np.array(offsets, dtype=np.int64) + MARGIN_NBYTES,
-                )
+                parts = self._crc_parts(on_device)
+                with first_launch_apart(self._stopwatch, *checksumming(parts.nbytes)):
+                    add_parts(self._slots, lane.memory, parts)
+                if patches:
+                    self._patch(lane, self._slots, patches)
             lane.event = self._packed = lane.stream.record()
             return self._packed
 
@@ -220,7 +216,13 @@ class SlabPacker:
             np.array([offset for offset, _ in staged], dtype=np.int64) + MARGIN_NBYTES,
             lengths,
         )
-        pack_cast(table, lane.memory, memory_dtype=torch.uint8, file_dtype=torch.uint8)
+        with first_launch_apart(self._stopwatch, *packing(torch.uint8, torch.uint8, table)):
+            pack_cast(table, lane.memory, memory_dtype=torch.uint8, file_dtype=torch.uint8)
+
+    def _patch(self, lane: Lane, slots: torch.Tensor, patches: list[tuple[int, int]]) -> None:
+        rows, offsets = np.array(patches, dtype=np.int64).T
+        with first_launch_apart(self._stopwatch, "patch"):
+            write_patches(lane.memory, slots, patch_slots=rows.copy(), byte_offsets=offsets + MARGIN_NBYTES)
 
     def _pack(self, lane: Lane, on_device: Iterable[tuple[PayloadPart, _Payload]]) -> None:
         tables: dict[tuple[torch.dtype, torch.dtype], BoxTable] = {}
@@ -237,8 +239,9 @@ class SlabPacker:
                 table.add(view.data_ptr(), slab_offset, lengths, view.stride())
                 slab_offset += view.numel() * dtype.itemsize
         for (memory_dtype, file_dtype), table in tables.items():
-            with first_launch_apart(self._stopwatch, "pack", memory_dtype, file_dtype):
-                pack_cast(table.boxes(), lane.memory, memory_dtype=memory_dtype, file_dtype=file_dtype)
+            boxes = table.boxes()
+            with first_launch_apart(self._stopwatch, *packing(memory_dtype, file_dtype, boxes)):
+                pack_cast(boxes, lane.memory, memory_dtype=memory_dtype, file_dtype=file_dtype)
 
     def _crc_parts(self, on_device: list[tuple[PayloadPart, _Payload]]) -> Parts:
         itemsizes = np.array([payload.dtype.itemsize for _, payload in on_device], dtype=np.int64)

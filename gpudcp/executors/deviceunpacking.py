@@ -13,7 +13,7 @@ from gpudcp_kernels.unpack import unpack_cast
 from gpudcp.chunkplan.load import ChunkRead, SlabRead
 from gpudcp.executors.boxtables import BoxTable
 from gpudcp.executors.casting import copy_cast
-from gpudcp.executors.compiling import first_launch_apart
+from gpudcp.executors.compiling import checksumming, first_launch_apart, unpacking
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits
 from gpudcp.report import Stopwatch
@@ -21,10 +21,12 @@ from gpudcp.report import Stopwatch
 _Pair = tuple[ChunkRead, torch.Tensor]
 
 
-def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int) -> torch.Tensor:
+def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int, stopwatch: Stopwatch) -> torch.Tensor:
     """CRC-32 of each segment of a read that lies in the device slab from ``first_byte`` on; on the current stream."""
     columns = np.array([segment[1:] for segment in read.segments], dtype=np.int64).reshape(-1, 2)
-    return crc32_ranges(lane.memory, columns[:, 0] + MARGIN_NBYTES + first_byte, np.ascontiguousarray(columns[:, 1]))
+    byte_offsets, nbytes = columns[:, 0] + MARGIN_NBYTES + first_byte, np.ascontiguousarray(columns[:, 1])
+    with first_launch_apart(stopwatch, *checksumming(nbytes)):
+        return crc32_ranges(lane.memory, byte_offsets, nbytes)
 
 
 def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: int, stopwatch: Stopwatch) -> None:
@@ -68,9 +70,10 @@ def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: 
         table.add(box.data_ptr(), base + chunk.byte_offset, chunk.lengths, box.stride(), chunk.strides)
     slab = lane.memory[:-MARGIN_NBYTES]  # what follows is what kernels may read beyond its end
     for (file_dtype, memory_dtype, is_dense), table in tables.items():
-        with first_launch_apart(stopwatch, "unpack", file_dtype, memory_dtype, is_dense):
+        boxes = table.boxes()
+        with first_launch_apart(stopwatch, *unpacking(file_dtype, memory_dtype, boxes, is_dense=is_dense)):
             unpack_cast(
-                table.boxes(),
+                boxes,
                 slab,
                 file_dtype=file_dtype,
                 memory_dtype=memory_dtype,

@@ -21,7 +21,7 @@ from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import LoadChunkPlan, PayloadCheck, ReadRequest, plan_load
 from gpudcp.chunkplan.save import ChunkWrite, SaveFilePlan
 from gpudcp.errors import CorruptCheckpointError, TransferError
-from gpudcp.executors import devicepacking, deviceunpacking
+from gpudcp.executors import compiling, devicepacking, deviceunpacking
 from gpudcp.executors import lanes as lanes_of_process
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.cuda import DeviceExecutor
@@ -775,3 +775,22 @@ def test_a_short_file_is_a_transfer_error() -> None:
             load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch()
         )
     assert not target.committed
+
+
+# --- what a report says ----------------------------------------------------------------------------------------------
+
+
+def test_every_kernel_of_a_save_and_a_load_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scatter, pack, checksum, patches; checksum, unpack."""
+    launched: set[Any] = set()
+    monkeypatch.setattr(compiling, "_launched", launched)
+    executor = _interpreted(lanes=1, threads=1, slab_nbytes=65536, has_checksum=True)
+    tensors = [random_tensor(10_000), random_tensor(5, dtype=torch.uint8)]
+    backend = MemoryBackend()
+    saved_by(executor, tensors, backend)  # type: ignore[arg-type]
+    assert {each[0] if isinstance(each, tuple) else each for each in launched} == {"pack", "checksum", "patch"}
+    assert {each for each in launched if isinstance(each, tuple) and each[:2] == ("pack", torch.uint8)}
+    launched.clear()
+    target = Target({n: torch.zeros_like(tensor) for n, tensor in enumerate(tensors)})
+    executor.load(load_plan_of(tensors, slab_nbytes=65536), target, backend.open, Stopwatch())
+    assert {each[0] for each in launched if isinstance(each, tuple)} == {"checksum", "unpack"}

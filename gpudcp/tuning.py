@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from gpudcp.errors import PlanError
+from gpudcp.executors.devicememory import allocate
 from gpudcp.files.figures import Direction, Figure, Place, Way, place_of, write_figures
 from gpudcp.files.measure import REQUESTS_NBYTES, THREADS, measure
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
@@ -92,7 +93,9 @@ def _measured(directory: str, nbytes: int) -> TuneReport:
         device = torch.device("cuda", torch.cuda.current_device())
         name = torch.cuda.get_device_name(device)
     requests_nbytes = [each for each in REQUESTS_NBYTES if each <= nbytes] or [nbytes - nbytes % SLAB_ALIGNMENT_NBYTES]
-    found = measure(directory, device, nbytes=nbytes, threads=THREADS, requests_nbytes=requests_nbytes)
+    found = measure(
+        directory, device, nbytes=nbytes, threads=THREADS, requests_nbytes=requests_nbytes, allocate=allocate
+    )
     place = place_of(directory, name)
     report = TuneReport(
         path=directory, place=place, figures=found.figures, not_measured=found.not_measured, is_remembered=False

@@ -23,7 +23,7 @@ from gpudcp.files.base import FileReader, FileWriter
 from gpudcp.files.figures import Direction, Figure, Way
 from gpudcp.files.filesystems import opens_named_file_directly, supports_direct_io
 from gpudcp.files.gds import unavailable_reason
-from gpudcp.files.kvikio import KvikioReader, KvikioWriter, compat_mode_forced
+from gpudcp.files.kvikio import KvikioReader, KvikioWriter, compat_mode_forced, deregister, register
 from gpudcp.files.posix import PosixReader, PosixWriter
 from gpudcp.files.trial import TRIAL_NBYTES, try_device_io
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
@@ -31,6 +31,9 @@ from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 THREADS = (1, 2, 4, 8)
 REQUESTS_NBYTES = (1 << 20, 4 << 20, 16 << 20)
 _MIDDLE_THREADS, _MIDDLE_REQUEST_NBYTES = 4, 4 << 20
+
+
+_Allocate = Callable[[int, torch.device], torch.Tensor]
 
 
 class Measurements(NamedTuple):
@@ -56,14 +59,17 @@ def measure(
     nbytes: int,
     threads: Sequence[int],
     requests_nbytes: Sequence[int],
+    allocate: _Allocate,
 ) -> Measurements:
     """Write and read ``nbytes`` in ``directory`` for every way and setting; memory of ``device``.
+
+    ``allocate`` gives memory of a GPU as slabs are: flat bytes, from the first one of an allocation on.
 
     Raises:
         TransferError: there is no room, or a transfer failed that should have worked.
     """
     _check_room(directory, nbytes)
-    ways, not_measured = _ways(directory, device)
+    ways, not_measured = _ways(directory, device, allocate)
     figures: list[Figure] = []
     for way in ways:
         for nthreads, request_nbytes in settings(threads, requests_nbytes):
@@ -77,6 +83,8 @@ class _Slot(Protocol):
     def write(self, writer: Any, byte_offset: int) -> None: ...
 
     def read(self, reader: Any, byte_offset: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,14 +109,17 @@ class _HostSlot:
     def read(self, reader: FileReader, byte_offset: int) -> None:
         reader.read(self._view, byte_offset)
 
+    def close(self) -> None:
+        pass
+
 
 class _PinnedSlot:
     """Device memory by way of pinned memory."""
 
-    def __init__(self, request_nbytes: int, device: torch.device) -> None:
-        self._pinned = _aligned(request_nbytes, pin_memory=True)
-        self._pinned.copy_(torch.frombuffer(bytearray(os.urandom(request_nbytes)), dtype=torch.uint8))
-        self._device = _aligned(request_nbytes, device=device)
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._pinned = _pinned(memory.nbytes)
+        self._pinned.copy_(_random_bytes(memory.nbytes))
+        self._device = memory
         self._device.copy_(self._pinned)
         self._view = self._pinned.numpy().data
 
@@ -120,11 +131,21 @@ class _PinnedSlot:
         reader.read(self._view, byte_offset)
         self._device.copy_(self._pinned)
 
+    def close(self) -> None:
+        pass
+
 
 class _DeviceSlot:
-    def __init__(self, request_nbytes: int, device: torch.device) -> None:
-        self._device = _aligned(request_nbytes, device=device)
-        self._device.copy_(torch.frombuffer(bytearray(os.urandom(request_nbytes)), dtype=torch.uint8))
+    """Device memory that cuFile knows, as it knows the slabs of a transfer."""
+
+    def __init__(self, memory: torch.Tensor) -> None:
+        self._device = memory
+        self._device.copy_(_random_bytes(memory.nbytes))
+        self._is_registered = True
+        try:
+            register(self._device)
+        except (RuntimeError, OSError, ValueError):  # a transfer too goes on without
+            self._is_registered = False
 
     def write(self, writer: KvikioWriter, byte_offset: int) -> None:
         writer.write_device(self._device, byte_offset)
@@ -132,21 +153,31 @@ class _DeviceSlot:
     def read(self, reader: KvikioReader, byte_offset: int) -> None:
         reader.read_device(self._device, byte_offset)
 
+    def close(self) -> None:
+        if self._is_registered:
+            # An error leaves the memory allocated, and says nothing of how fast it was.
+            with suppress(RuntimeError, OSError, ValueError):
+                deregister(self._device)
 
-def _aligned(nbytes: int, **keywords: Any) -> torch.Tensor:
-    memory = torch.empty(nbytes + SLAB_ALIGNMENT_NBYTES, dtype=torch.uint8, **keywords)
+
+def _pinned(nbytes: int) -> torch.Tensor:
+    memory = torch.empty(nbytes + SLAB_ALIGNMENT_NBYTES, dtype=torch.uint8, pin_memory=True)
     start = -memory.data_ptr() % SLAB_ALIGNMENT_NBYTES
     return memory[start : start + nbytes]
 
 
-def _ways(directory: str, device: torch.device) -> tuple[list[_Way], dict[Way, str]]:
+def _random_bytes(nbytes: int) -> torch.Tensor:
+    return torch.frombuffer(bytearray(os.urandom(nbytes)), dtype=torch.uint8)
+
+
+def _ways(directory: str, device: torch.device, allocate: _Allocate) -> tuple[list[_Way], dict[Way, str]]:
     """The ways that work here, and why the others do not."""
     found: list[_Way] = []
     missing: dict[Way, str] = {}
-    _add_kvikio(directory, device, found, missing)
+    _add_kvikio(directory, device, allocate, found, missing)
 
     def make_slot(request_nbytes: int) -> _Slot:
-        return _PinnedSlot(request_nbytes, device) if device.type == "cuda" else _HostSlot(request_nbytes)
+        return _PinnedSlot(allocate(request_nbytes, device)) if device.type == "cuda" else _HostSlot(request_nbytes)
 
     def add_posix(name: Way, *, is_direct: bool) -> None:
         found.append(
@@ -167,7 +198,9 @@ def _ways(directory: str, device: torch.device) -> tuple[list[_Way], dict[Way, s
     return found, missing
 
 
-def _add_kvikio(directory: str, device: torch.device, found: list[_Way], missing: dict[Way, str]) -> None:
+def _add_kvikio(
+    directory: str, device: torch.device, allocate: _Allocate, found: list[_Way], missing: dict[Way, str]
+) -> None:
     why = "there is no GPU memory to move" if device.type != "cuda" else unavailable_reason("kvikio")
     if why is not None:
         missing["gds"] = missing["compat"] = why
@@ -176,14 +209,14 @@ def _add_kvikio(directory: str, device: torch.device, found: list[_Way], missing
     def way(name: Way, mode: Callable[[], AbstractContextManager[None]]) -> _Way:
         return _Way(
             name=name,
-            make_slot=lambda request_nbytes: _DeviceSlot(request_nbytes, device),
+            make_slot=lambda request_nbytes: _DeviceSlot(allocate(request_nbytes, device)),
             open_writer=lambda path, nbytes: KvikioWriter(path, nbytes=nbytes, is_direct=False, fsync=True),
             open_reader=KvikioReader,
             mode=mode,
         )
 
     try:
-        tried = try_device_io(directory, _aligned(TRIAL_NBYTES, device=device), memory="allocator")
+        tried = try_device_io(directory, allocate(TRIAL_NBYTES, device), memory="slab")
     except BackendUnavailableError as err:
         missing["gds"] = missing["compat"] = str(err)
         return
@@ -201,7 +234,10 @@ def _measure_one(directory: str, way: _Way, *, nbytes: int, threads: int, reques
     with ExitStack() as stack:
         stack.enter_context(way.mode())
         pool = stack.enter_context(ThreadPoolExecutor(threads, "gpudcp-tune"))
-        slots = [way.make_slot(request_nbytes) for _ in range(min(threads, len(requests)))]
+        slots: list[_Slot] = []
+        for _ in range(min(threads, len(requests))):
+            slots.append(way.make_slot(request_nbytes))
+            stack.callback(slots[-1].close)
         path = stack.enter_context(_scratch_path(directory))
 
         def run(move: Callable[[_Slot, int], None]) -> None:

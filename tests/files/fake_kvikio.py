@@ -54,6 +54,7 @@ class FakeKvikio:
         self.transfers: list[tuple[str, int, int, int, int]] = []
         """Direction, base address, its bytes, size and offset from the base."""
         self.registered: list[tuple[int, int]] = []
+        self.registers = True
         self.settings: list[tuple[str, str]] = []
         self.open_error: Exception | None = None
         self.before_open: Callable[[], object] = lambda: None
@@ -110,6 +111,11 @@ class FakeKvikio:
         else:
             host[0] = b"\xff"
 
+    def register(self, buf: Any) -> None:
+        if not self.registers:
+            raise RuntimeError("GPU memory pinning failed")
+        self.registered.append(_extent(buf))
+
     @contextmanager
     def set_default(self, name: str, value: str) -> Iterator[None]:
         self.settings.append((name, value))
@@ -134,7 +140,7 @@ class FakeKvikio:
         names: dict[str, Any] = {
             "CuFile": lambda path, flags: FakeCuFile(self, path, flags),
             "CompatMode": SimpleNamespace(ON="ON", OFF="OFF"),
-            "memory_register": lambda buf: self.registered.append(_extent(buf)),
+            "memory_register": self.register,
             "memory_deregister": lambda buf: self.registered.remove(_extent(buf)),
             "defaults": defaults,
             "cufile_driver": driver,

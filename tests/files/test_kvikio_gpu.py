@@ -116,7 +116,7 @@ def test_gds_is_used_where_nothing_stands_in_its_way(tmp_path: Path) -> None:
 
 def test_every_way_is_measured(tmp_path: Path) -> None:
     """The ways that are not have a reason; the bytes are few."""
-    found = measure(str(tmp_path), CUDA, nbytes=32 << 20, threads=(1, 2), requests_nbytes=(4 << 20,))
+    found = measure(str(tmp_path), CUDA, nbytes=32 << 20, threads=(1, 2), requests_nbytes=(4 << 20,), allocate=allocate)
     for figure in found.figures:
         print(figure)
     assert {each.way for each in found.figures} | set(found.not_measured) == {"gds", "compat", "direct", "buffered"}

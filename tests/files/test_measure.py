@@ -27,7 +27,19 @@ CUDA = torch.device("cuda", 0)
 
 def measured(directory: Path, device: torch.device | str = "cpu", *, nbytes: int = 2 * MIB) -> Measurements:
     """A small measurement: two thread counts, two request sizes."""
-    return measure(str(directory), torch.device(device), nbytes=nbytes, threads=(1, 2), requests_nbytes=(MIB // 2, MIB))
+    return measure(
+        str(directory),
+        torch.device(device),
+        nbytes=nbytes,
+        threads=(1, 2),
+        requests_nbytes=(MIB // 2, MIB),
+        allocate=lambda nbytes, _: block_aligned(nbytes),
+    )
+
+
+def unavailable(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory of a GPU, where there is none."""
+    raise AssertionError(f"{nbytes} bytes of {device}")
 
 
 @pytest.fixture
@@ -37,7 +49,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeKvikio:
     package.install(monkeypatch)
     monkeypatch.setattr(trial, "_answers", {})
     monkeypatch.setattr(module, "unavailable_reason", lambda _: None)
-    monkeypatch.setattr(module, "_aligned", lambda nbytes, **_: block_aligned(nbytes))
+    monkeypatch.setattr(module, "_pinned", block_aligned)
     return package
 
 
@@ -77,6 +89,28 @@ def test_a_gpu_is_measured_by_gds_and_by_compat_mode(tmp_path: Path, gpu: FakeKv
     assert gpu.settings == [("compat_mode", "ON"), ("compat_mode", "as found")] * 3
     assert found.not_measured.keys() <= {"direct"}
     assert os.listdir(tmp_path) == []
+    assert gpu.registered == [], "what was registered is so no more"
+
+
+def test_gds_is_measured_with_memory_as_slabs_are(tmp_path: Path, gpu: FakeKvikio) -> None:
+    """Allocations of their own, registered; where cuFile registers none, without, as transfers go."""
+    bases: list[int] = []
+
+    def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+        assert device == CUDA
+        memory = block_aligned(nbytes)
+        bases.append(memory.data_ptr())
+        return memory
+
+    for registers in (True, False):
+        gpu.registers = registers
+        gpu.transfers.clear()
+        trial._answers.clear()
+        found = measure(str(tmp_path), CUDA, nbytes=2 * MIB, threads=(1,), requests_nbytes=(MIB,), allocate=allocate)
+        assert "gds" in {each.way for each in found.figures}
+        assert {address for _, address, *_ in gpu.transfers} <= set(bases)
+        assert all(dev_offset == 0 for *_, dev_offset in gpu.transfers)
+    assert gpu.registered == []
 
 
 @pytest.mark.parametrize("reason", [None, "no nvidia-fs"])
@@ -89,7 +123,7 @@ def test_what_is_not_surely_gds_is_measured_as_compat_mode_alone(
     found = measured(tmp_path, CUDA)
     assert "gds" not in {each.way for each in found.figures}
     assert found.not_measured["gds"] == (
-        reason or trial.try_device_io(str(tmp_path), block_aligned(1), memory="allocator").reason
+        reason or trial.try_device_io(str(tmp_path), block_aligned(1), memory="slab").reason
     )
     assert "compat" in {each.way for each in found.figures}
 
@@ -119,7 +153,9 @@ def test_every_byte_is_written_once_and_read_once_by_as_many_threads_as_asked(
     monkeypatch.setattr(PosixReader, "read", recorded("read", PosixReader.read))
     monkeypatch.setattr(module, "supports_direct_io", lambda _: False)
     monkeypatch.setattr(module, "opens_named_file_directly", lambda _: False)
-    found = measure(str(tmp_path), torch.device("cpu"), nbytes=4 * MIB, threads=(3,), requests_nbytes=(MIB,))
+    found = measure(
+        str(tmp_path), torch.device("cpu"), nbytes=4 * MIB, threads=(3,), requests_nbytes=(MIB,), allocate=unavailable
+    )
     assert "opens no file with O_DIRECT" in found.not_measured["direct"]
     expected = [(number * MIB, MIB) for number in range(4)]
     for name in ("write", "read"):

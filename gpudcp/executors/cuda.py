@@ -342,9 +342,9 @@ def _read(file: FileReader, read: SlabRead, lane: Lane) -> int | None:
         file.read(lane.host.view[: read.nbytes], read.byte_offset)
         return None
     # Into the slab also where the read and its destination are aligned alike (`SlabRead.is_straight`). A destination is
-    # never registered, so cuFile would move its bytes through buffers of its own: a copy on the device either way, at a
-    # hundred times a file's speed by what such devices promise. In the destination no failed checksum is ahead of the old values,
-    # memory of expandable segments would need a trial of its own, and tied destinations would have to take turns.
+    # never registered, so cuFile would move its bytes through buffers of its own: a copy on the device either way, which
+    # should be far faster than any file. Memory of expandable segments would need a trial of its own, tied destinations
+    # would have to take turns, and none of it has run on a GPU yet.
     first_byte = read.byte_offset % SLAB_ALIGNMENT_NBYTES
     file.read_device(lane.slab(first_byte + read.nbytes), read.byte_offset - first_byte)
     return first_byte

@@ -8,29 +8,22 @@ over: a save starts over, a load goes on after the last read that was checked an
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 from heapq import merge
 from itertools import chain, repeat
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from gpudcp.chunkplan.load import NO_DESTINATION, ChunkRead, LoadChunkPlan, SlabRead
+from gpudcp.chunkplan.load import LoadChunkPlan
 from gpudcp.chunkplan.save import SaveChunkPlan, SaveFilePlan
 from gpudcp.chunkplan.slabs import SlabContents, cut_into_slabs
 from gpudcp.executors.base import Executor, FileReceipt, LoadTarget, SaveSource
+from gpudcp.executors.deviceloading import DeviceLoad, Resumed
 from gpudcp.executors.devicepacking import SlabPacker
 from gpudcp.executors.devices import Device, Event, is_out_of_memory
-from gpudcp.executors.deviceunpacking import checksum_segments, unpack
 from gpudcp.executors.lanes import LEAST_SLAB_NBYTES, Lane, acquired, give_up_idle
-from gpudcp.executors.unpacking import Destinations, unpack_host
-from gpudcp.executors.verifying import Checksums
-from gpudcp.files.base import DeviceFileReader, DeviceFileWriter, FileReader, FileWriter
-from gpudcp.formats.checksum import crc32
+from gpudcp.files.base import DeviceFileWriter, FileReader, FileWriter
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
 
@@ -159,7 +152,7 @@ class DeviceExecutor:
         open_file: Callable[[str], FileReader],
         stopwatch: Stopwatch,
     ) -> None:
-        load = _Load(plan, target, stopwatch)
+        load = DeviceLoad(plan, target, stopwatch)
         try:
             is_done, why = self._load(load, plan.slab_nbytes, open_file, stopwatch), _NO_ROOM
         except RuntimeError as err:
@@ -167,10 +160,10 @@ class DeviceExecutor:
                 raise
             is_done, why = False, _RAN_OUT
         if not is_done:
-            self._taken_over(why).load(load.rest(), _Resumed(target, load.uncommitted()), open_file, stopwatch)
+            self._taken_over(why).load(load.rest(), Resumed(target, load.uncommitted()), open_file, stopwatch)
 
     def _load(
-        self, load: _Load, slab_nbytes: int, open_file: Callable[[str], FileReader], stopwatch: Stopwatch
+        self, load: DeviceLoad, slab_nbytes: int, open_file: Callable[[str], FileReader], stopwatch: Stopwatch
     ) -> bool:
         """Load by the device; False: it has no room for slabs."""
         with ExitStack() as stack:
@@ -222,129 +215,3 @@ def _sent(
 def _after(event: Event, act: Callable[..., None], *args: Any) -> None:
     event.synchronize()
     act(*args)
-
-
-class _Load:
-    """One load: reads, then the device's work on what was read, then commits, each in the plan's order."""
-
-    def __init__(self, plan: LoadChunkPlan, target: LoadTarget, stopwatch: Stopwatch) -> None:
-        self._plan = plan
-        self._free: list[Lane] = []
-        self._stopwatch = stopwatch
-        self._destinations = Destinations(plan, target)
-        self._checksums = Checksums(plan.checks)
-        self._reading: deque[_Step] = deque()
-        self._unpacking: deque[_Step] = deque()
-        self._unpacked: Event | None = None
-        self._nunpacked = 0
-        self._ncommitted = 0
-        """Reads from the first one on whose payloads were checked, and whose items were committed if they are whole."""
-
-    def rest(self) -> LoadChunkPlan:
-        """What is left to do after an error."""
-        return replace(self._plan, reads=self._plan.reads[self._ncommitted :])
-
-    def uncommitted(self) -> dict[int, torch.Tensor]:
-        """The destinations that the rest begins with; they may have bytes already."""
-        return self._destinations.uncommitted()
-
-    def run(self, lanes: Sequence[Lane], pool: ThreadPoolExecutor, open_file: Callable[[str], FileReader]) -> None:
-        self._free = list(lanes)
-        for read in self._plan.reads:
-            while not self._free:
-                self._settle() if self._unpacking else self._unpack()
-            lane = self._free.pop()
-            lane.future = pool.submit(_read, open_file(read.path), read, lane)
-            self._reading.append(_Step(read, lane))
-            while self._reading and (future := self._reading[0].lane.future) is not None and future.done():
-                self._unpack()
-        while self._reading:
-            self._unpack()
-        while self._unpacking:
-            self._settle()
-        with self._stopwatch.phase("unpack"):
-            self._destinations.commit_empty(self._plan.empty_positions)
-
-    def _unpack(self) -> None:
-        """Begin the device's work on the oldest read."""
-        read, lane, _, _ = self._reading.popleft()
-        with self._stopwatch.phase("read"):
-            first_byte = lane.wait()
-        with self._stopwatch.phase("unpack"):
-            chunks = [chunk for chunk in read.chunks if chunk.position != NO_DESTINATION]
-            pairs = [(chunk, self._destinations.box(chunk)) for chunk in chunks]
-            on_device = [pair for pair in pairs if lane.device.owns(pair[1])]
-            # Those of another device too: by the host's casts, and in pieces of a slab, as on the cpu executor.
-            on_host = [pair for pair in pairs if not lane.device.owns(pair[1])]
-            if first_byte is None and not on_device:
-                crcs = [crc32(lane.host.view[s.slab_offset : s.slab_offset + s.nbytes]) for s in read.segments]
-                self._unpacking.append(_Step(read, lane, on_host, torch.tensor(crcs, dtype=torch.int64)))
-                return
-            lane.stream.wait_for_caller()  # who may still be using the destinations
-            if self._unpacked is not None:
-                lane.stream.wait_for(self._unpacked)  # where destinations share memory, the last read wins
-            with lane.stream.current():
-                if first_byte is None:
-                    lane.slab(read.nbytes).copy_(lane.host.tensor[: read.nbytes], non_blocking=True)
-                elif on_host:
-                    lane.host.tensor[: read.nbytes].copy_(
-                        lane.slab(first_byte + read.nbytes)[first_byte:], non_blocking=True
-                    )
-                at = first_byte or 0
-                crcs_on_host = lane.device.on_host(
-                    checksum_segments(lane, read, first_byte=at, stopwatch=self._stopwatch)
-                )
-                unpack(lane, read, on_device, first_byte=at, stopwatch=self._stopwatch)
-                lane.event = self._unpacked = lane.stream.record()
-            self._unpacking.append(_Step(read, lane, on_host, crcs_on_host))
-
-    def _settle(self) -> None:
-        """Wait for the device's oldest work; check, and commit what has come whole and right."""
-        read, lane, on_host, crcs = self._unpacking.popleft()
-        with self._stopwatch.phase("unpack"):
-            lane.wait()
-            for chunk, box in on_host:
-                unpack_host(lane.host, chunk.byte_offset - read.byte_offset, chunk, box)
-            self._checksums.add(read.segments, [crc & 0xFFFFFFFF for crc in crcs.tolist()])
-            self._destinations.count(read)
-            self._nunpacked += 1
-            if self._checksums.are_settled:
-                self._destinations.commit_filled()
-                self._ncommitted = self._nunpacked
-        self._free.append(lane)
-
-
-class _Resumed:
-    """The target of a load that another executor goes on with: what was resolved for it is not resolved again."""
-
-    def __init__(self, target: LoadTarget, resolved: dict[int, torch.Tensor]) -> None:
-        self._resolved = resolved
-        self._target = target
-        self.commit = target.commit
-
-    def resolve(self, position: int) -> torch.Tensor:
-        tensor = self._resolved.pop(position, None)
-        return self._target.resolve(position) if tensor is None else tensor
-
-
-class _Step(NamedTuple):
-    read: SlabRead
-    lane: Lane
-    on_host: Sequence[tuple[ChunkRead, torch.Tensor]] = ()
-    """What the host unpacks, from the host slab."""
-    crcs: torch.Tensor = torch.empty(0)
-    """Of the read's segments, when the lane's work has ended."""
-
-
-def _read(file: FileReader, read: SlabRead, lane: Lane) -> int | None:
-    """Fill the lane's host slab (None) or, where the file can, its device slab: from which of its bytes on."""
-    if not isinstance(file, DeviceFileReader):
-        file.read(lane.host.view[: read.nbytes], read.byte_offset)
-        return None
-    # Into the slab also where the read and its destination are aligned alike (`SlabRead.is_straight`). A destination is
-    # never registered, so cuFile would move its bytes through buffers of its own: a copy on the device either way, which
-    # should be far faster than any file. Memory of expandable segments would need a trial of its own, tied destinations
-    # would have to take turns, and none of it has run on a GPU yet.
-    first_byte = read.byte_offset % SLAB_ALIGNMENT_NBYTES
-    file.read_device(lane.slab(first_byte + read.nbytes), read.byte_offset - first_byte)
-    return first_byte

@@ -476,7 +476,7 @@ def test_a_load_whose_device_fills_up_on_the_way_goes_on_with_the_fallback(
             raise error
         inner(*args, **kwargs)
 
-    monkeypatch.setattr("gpudcp.executors.cuda.unpack", fill_up)
+    monkeypatch.setattr("gpudcp.executors.deviceloading.unpack", fill_up)
     executor = executor_of(InterpretedDevice(), notes=notes)
     executor.load(plan, target, backend.open, Stopwatch())
     for kind in ("resolve", "commit"):
@@ -502,7 +502,7 @@ def test_a_load_that_another_executor_ends_still_finds_what_is_corrupt(monkeypat
         inner(lane, read, *rest, **kwargs)
 
     inner = deviceunpacking.unpack
-    monkeypatch.setattr("gpudcp.executors.cuda.unpack", fill_up)
+    monkeypatch.setattr("gpudcp.executors.deviceloading.unpack", fill_up)
     target = Target({0: torch.zeros(5000)})
     with pytest.raises(CorruptCheckpointError):
         executor_of(InterpretedDevice()).load(plan, target, backend.open, Stopwatch())
@@ -691,7 +691,7 @@ def test_a_load_that_fails_leaves_its_lanes_usable_and_idle(place: str, monkeypa
             last = load_plan.reads[-1].byte_offset
             files.on_call = lambda call: fail() if call.kind == "read" and call.byte_offset == last else None
         elif place == "device":
-            patch.setattr("gpudcp.executors.cuda.unpack", fail)
+            patch.setattr("gpudcp.executors.deviceloading.unpack", fail)
         else:
             content[load_plan.checks[1].payload_offset] ^= 1
             files.put("file", bytes(content))

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from gpu_children import answer, started
+
+from gpudcp.executors.devicememory import allocate, pin
+from gpudcp.executors.slabs import HostSlab
+
+DEVICE = torch.device("cuda", 0)
 
 pytestmark = pytest.mark.gpu
 
@@ -20,6 +26,24 @@ def test_a_full_device_slows_a_transfer_and_never_fails_it(tmp_path: Path, mib_l
     print(f"{found['free_nbytes'] / MIB:.0f} MiB were free:", *found["reports"], sep="\n")
     assert found["free_nbytes"] <= (mib_left + 8) * MIB
     assert found["differences"] == []
+
+
+def test_memory_that_cannot_be_pinned_leaves_no_error_for_the_next_launch() -> None:
+    """Twice is once too often; torch takes what was pinned once for what it is."""
+    slab = HostSlab(MIB)
+    pin(slab, DEVICE)
+    with pytest.raises(torch.OutOfMemoryError):
+        pin(slab, DEVICE)
+    assert slab.tensor.is_pinned()
+    assert int(torch.ones(3, device=DEVICE).sum()) == 3
+
+
+@pytest.mark.parametrize("nbytes", [4096, MIB, 3 * MIB, 32 * MIB + 12288])
+def test_device_memory_begins_on_a_page_of_its_own(nbytes: int) -> None:
+    """cuFile knows an allocation by its first byte."""
+    memory = [allocate(nbytes, DEVICE) for _ in range(3)]
+    assert [tensor.data_ptr() % (2 * MIB) for tensor in memory] == [0, 0, 0]
+    assert {tensor.nbytes for tensor in memory} == {nbytes}
 
 
 def test_device_memory_taken_is_that_of_the_lanes(tmp_path: Path) -> None:

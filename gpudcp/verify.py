@@ -14,6 +14,7 @@ from gpudcp.errors import CheckpointBusyError, CheckpointNotFoundError, GpuDcpEr
 from gpudcp.executors.select import HOST_SLAB_NBYTES
 from gpudcp.files.base import FileReader
 from gpudcp.files.commit import metadata_file_name, metadata_names, stale_data_names
+from gpudcp.files.regular import open_regular
 from gpudcp.files.ways import open_reader
 from gpudcp.formats.index import SUFFIX
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
@@ -112,7 +113,7 @@ def _verify_metadata(directory: str, name: str, comparison: Comparison, found: _
 
 def _content(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             return file.read()
     except FileNotFoundError:
         return None
@@ -138,10 +139,9 @@ def _metadata(data: bytes, path: str, identity: Identity | None, found: _Found) 
 def _indexed(path: str, identity: Identity | None, found: _Found) -> ColumnMetadata | None:
     """What the index says, where there is one of this very metadata."""
     name = os.path.basename(path) + SUFFIX
-    data = _content(path + SUFFIX)
-    if data is None:
-        return None
     try:
+        if (data := _content(path + SUFFIX)) is None:
+            return None
         indexed, identity_of_its = read_index(data, path=path + SUFFIX)
     except GpuDcpError as err:
         found.problems.append(Problem(kind="index", file=name, expected="an index", found=str(err)))
@@ -159,7 +159,7 @@ def _expected_files(
     for path, own in items_by_file(claims):
         found.data_files.add(path)
         try:
-            reader = _opened(os.path.join(directory, path))
+            reader = open_reader(os.path.join(directory, path), "buffered")
         except (CheckpointNotFoundError, TransferError) as err:
             lost = ", ".join(claim.item.fqn for claim in own[:_MOST_NAMED])
             expected = f"a file of {len(own)} items: {lost}{', ...' if len(own) > _MOST_NAMED else ''}"
@@ -172,13 +172,6 @@ def _expected_files(
 
 
 _MOST_NAMED = 5
-
-
-def _opened(path: str) -> FileReader:
-    if os.path.exists(path) and not os.path.isfile(path):
-        # Opening a pipe would wait for who writes into it.
-        raise TransferError(f"{path}: is no regular file", path=path)
-    return open_reader(path, "buffered")
 
 
 def _stale(directory: str, found: _Found) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 
 from gpudcp.errors import CheckpointNotFoundError, TransferError
+from gpudcp.files.regular import open_regular
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 
 
@@ -110,7 +111,7 @@ class PosixReader:
         self.path = path
         self._direct_fd: int | None = None
         try:
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._fd = open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             raise CheckpointNotFoundError(f"{path}: a file that the checkpoint names does not exist") from None
         except OSError as err:

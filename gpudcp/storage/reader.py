@@ -30,6 +30,7 @@ from gpudcp.errors import (
 from gpudcp.executors.base import Executor
 from gpudcp.executors.select import select
 from gpudcp.files.commit import metadata_file_name
+from gpudcp.files.regular import open_regular
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import TRAILER_NBYTES, decode_metadata, identity_of
 from gpudcp.items import KeptItems, ReadItems
@@ -111,7 +112,7 @@ class GpuStorageReader(StorageReader):
     def _read_metadata(self) -> Metadata:
         path = os.path.join(self.path, metadata_file_name(self._rank))
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=open_regular) as file:
                 if (indexed := self._read_index(file)) is not None:
                     return indexed
                 data = file.read()
@@ -133,7 +134,7 @@ class GpuStorageReader(StorageReader):
         if identity is None:
             return None
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=open_regular) as file:
                 return index_format.decode_index(file.read(), path=path, nbytes=identity[0], crc=identity[1])
         except FileNotFoundError:
             return None

@@ -39,6 +39,7 @@ from gpudcp.files.commit import (
     stale_data_names,
 )
 from gpudcp.files.posix import fsync_directory
+from gpudcp.files.regular import open_regular
 from gpudcp.files.ways import open_writer
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
@@ -287,7 +288,7 @@ class GpuStorageWriter(StorageWriter):
         """The files that a metadata file names; none if it does not exist, None if it cannot be read."""
         path = os.path.join(self.path, metadata_name)
         try:
-            with open(path, "rb") as file:
+            with open(path, "rb", opener=open_regular) as file:
                 metadata = decode_metadata(file.read(), path=path, trust_pickle=False)
             paths = [info.relative_path for info in (metadata.storage_data or {}).values()]
             return {path for path in paths if isinstance(path, str)}

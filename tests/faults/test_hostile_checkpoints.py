@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from fault_cases import names, number_in, save
 from torch.distributed.checkpoint.metadata import Metadata
 
+import gpudcp
 from gpudcp.errors import CorruptCheckpointError, GpuDcpError, TransferError, UnsafeCheckpointError
 
 
@@ -199,3 +201,88 @@ def test_a_lock_that_is_a_link_makes_no_file_elsewhere(directory: Path, tmp_path
         save(2, directory)
     assert number_in(directory) == 1
     assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.fixture
+def no_wait() -> Iterator[None]:
+    """Whoever waits for the other end of a pipe is told so, instead of waiting for ever."""
+
+    def tell(*_: Any) -> None:
+        raise AssertionError("it waits")
+
+    before = signal.signal(signal.SIGALRM, tell)
+    signal.alarm(30)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+SPECIAL: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+    "a directory": Path.mkdir,
+}
+
+
+@pytest.fixture(params=SPECIAL)
+def put_special(request: pytest.FixtureRequest, no_wait: None) -> Callable[[Path], None]:  # noqa: ARG001
+    """Puts something in the place of a file that can be opened, and is none."""
+
+    def put(path: Path) -> None:
+        path.unlink()
+        SPECIAL[request.param](path)
+
+    return put
+
+
+def test_what_is_no_regular_file_in_the_place_of_metadata_is_a_clear_error(
+    directory: Path, put_special: Callable[[Path], None]
+) -> None:
+    """Opening a pipe would wait, and reading a device would take all memory there is. A save puts a file there."""
+    put_special(directory / ".metadata")
+    with pytest.raises(TransferError, match=r"\.metadata: cannot be read: [Ii]s (no regular file|a directory)"):
+        number_in(directory)
+    with pytest.raises(TransferError, match=r"\.metadata: cannot be read: [Ii]s (no regular file|a directory)"):
+        gpudcp.verify(directory)
+    if (directory / ".metadata").is_dir():  # which no rename replaces, and no unlink removes
+        (directory / ".metadata").rmdir()
+    save(2, directory)
+    assert number_in(directory) == 2
+
+
+def test_what_is_no_regular_file_in_the_place_of_an_index_is_passed_over(
+    directory: Path, put_special: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a damaged index is, and verify lists it."""
+    monkeypatch.setattr("gpudcp.formats.index.LEAST_ROWS", 1)
+    save(2, directory)
+    put_special(directory / ".metadata.index")
+    assert number_in(directory) == 2
+    (problem,) = gpudcp.verify(directory).problems
+    assert (problem.kind, problem.file) == ("index", ".metadata.index")
+    assert "is no regular file" in problem.found or "Is a directory" in problem.found
+
+
+def test_what_is_no_regular_file_in_the_place_of_data_is_a_clear_error(
+    directory: Path, put_special: Callable[[Path], None]
+) -> None:
+    """And one problem for verify."""
+    (path,) = directory.glob("*.distcp")
+    put_special(path)
+    with pytest.raises(TransferError, match=r"\.distcp: cannot be opened: [Ii]s (no regular file|a directory)"):
+        number_in(directory)
+    (problem,) = gpudcp.verify(directory).problems
+    assert (problem.kind, problem.file) == ("file", path.name)
+    assert "is no regular file" in problem.found or "Is a directory" in problem.found
+
+
+def test_another_ranks_metadata_that_is_no_regular_file_removes_nothing(
+    directory: Path, put_special: Callable[[Path], None]
+) -> None:
+    """What it needs is unknown: a save into the directory leaves the old files in place."""
+    before = names(directory)
+    (directory / "__7.metadata").touch()
+    put_special(directory / "__7.metadata")
+    save(2, directory)
+    assert number_in(directory) == 2
+    assert {name for name in before if name.endswith(".distcp")} <= names(directory)

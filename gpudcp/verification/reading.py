@@ -33,10 +33,9 @@ class _Partial(NamedTuple):
 
 
 class _Whole(NamedTuple):
-    """Such a part: the number of its item keeps apart two items that claim the same bytes."""
+    """Such a part."""
 
     path: str
-    number: int
     fqn: str | None
     part: Part
 
@@ -109,7 +108,7 @@ class Comparison:
                 elif stop - start == part.stop - part.start:
                     problems += _checked(task.file.path, item.fqn, part, crc32(here))
                 else:
-                    whole = _Whole(task.file.path, number, item.fqn, part)
+                    whole = _Whole(task.file.path, item.fqn, part)
                     partial.append((whole, _Partial(start, stop, crc32(here))))
         self._add(problems, partial, len(data))
 

@@ -87,16 +87,6 @@ def test_a_slab_that_cannot_be_read_is_a_problem_and_the_others_are_compared() -
     assert comparison.nbytes == len(CONTENT) - SLAB_NBYTES
 
 
-def test_two_items_that_claim_the_same_bytes_are_both_checked() -> None:
-    """Their parts are equal, and are not taken for one."""
-    content = bytearray(CONTENT)
-    content[SLAB_NBYTES] ^= 1
-    items = [item(fqn, 0, 2 * SLAB_NBYTES) for fqn in "ab"]
-    comparison = Comparison(lanes=2, slab_nbytes=SLAB_NBYTES)
-    comparison.run([(ExpectedFile("file", items, len(CONTENT)), MemoryReader(bytes(content)))])
-    assert sorted(str(problem.fqn) for problem in comparison.problems) == ["a", "b"]
-
-
 def test_bytes_that_are_known_and_gaps_are_compared_to_the_byte() -> None:
     """Over the border of two slabs; a part without anything to compare is only read."""
     known = Part(SLAB_NBYTES - 3, SLAB_NBYTES + 3, "envelope", data=b"abcdef")

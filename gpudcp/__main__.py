@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from gpudcp.errors import GpuDcpError
 from gpudcp.options import Options
+from gpudcp.verification.report import printable
 from gpudcp.verify import verify
 
 _OK, _PROBLEMS, _NOT_VERIFIED = 0, 1, 2
@@ -28,10 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         report = verify(given.path, options=Options(lanes=given.lanes))
     except GpuDcpError as err:
-        print(err, file=sys.stderr)
+        _show(printable(str(err)), sys.stderr)
         return _NOT_VERIFIED
-    print(report)
+    _show(str(report), sys.stdout)
     return _OK if report.ok else _PROBLEMS
+
+
+def _show(text: str, stream: TextIO) -> None:
+    """Print, whatever the terminal's encoding lacks."""
+    print(text.encode(stream.encoding, "backslashreplace").decode(stream.encoding), file=stream)
 
 
 if __name__ == "__main__":

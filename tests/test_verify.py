@@ -9,6 +9,7 @@ import random
 import runpy
 import shutil
 import struct
+import subprocess
 import sys
 import warnings
 import zlib
@@ -635,6 +636,31 @@ def test_metadata_that_contradicts_itself_or_the_files_is_found(
     )
 
 
+def test_bytes_that_many_items_claim_are_checked_once(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each claim but the first is a problem, and none has the bytes checksummed again."""
+
+    def claim_often(metadata: Metadata) -> None:
+        entry, record = (
+            metadata.state_dict_metadata["large"],
+            metadata.storage_data[MetadataIndex("large", [0, 0])],
+        )
+        for number in range(300):
+            metadata.state_dict_metadata[f"again{number}"] = entry
+            metadata.storage_data[MetadataIndex(f"again{number}", [0, 0])] = record
+
+    rewrite_metadata(own, claim_often)
+    checksummed: list[int] = []
+
+    def counted(data: memoryview) -> int:
+        checksummed.append(len(data))
+        return zlib.crc32(data)
+
+    monkeypatch.setattr("gpudcp.verification.reading.crc32", counted)
+    report = gpudcp.verify(own)
+    assert kinds(report) == ["overlap"] * 300
+    assert sum(checksummed) <= sum(path.stat().st_size for path in data_files(own))
+
+
 def test_bytes_between_items_must_be_zeros(own: Path) -> None:
     """An item that the metadata does not name, under a checksum that fits: its bytes are nobody's."""
     metadata = metadata_of(own)
@@ -757,3 +783,39 @@ def test_the_commands_exit_code_tells_whole_from_broken_from_none(
     assert "no checkpoint" in capsys.readouterr().err
     assert run_command("verify", str(own), "--lanes", "0") == 2
     assert run_command("verify") == 2
+
+
+HOSTILE_NAME = "x\n/ck: ok\x1b[2K\u202e\udcff"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_names_in_a_checkpoint_cannot_forge_a_report(own: Path, encoding: str) -> None:
+    """Line breaks, escape sequences, and what no encoding has are escaped; each problem stays on its line."""
+
+    def rename(metadata: Metadata) -> None:
+        metadata.storage_data[MetadataIndex("weight", [0, 0])].relative_path = HOSTILE_NAME
+        metadata.state_dict_metadata[HOSTILE_NAME + "é"] = metadata.state_dict_metadata["large"]
+
+    rewrite_metadata(own, rename)
+    report = gpudcp.verify(own)
+    text = str(report)
+    assert len(text.splitlines()) == 1 + len(report.problems) + bool(report.unverified) + bool(report.stale)
+    assert {problem.file for problem in report.problems} >= {HOSTILE_NAME}
+    assert r"file: x\n/ck: ok\x1b[2K\u202e\udcff: expected" in text
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "gpudcp", "verify", str(own)],
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": encoding},
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr
+    assert len(done.stdout.splitlines()) == len(text.splitlines())
+    assert b"\x1b" not in done.stdout
+
+
+def test_an_error_that_quotes_a_name_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The path is the user's own, and may be pasted from anywhere."""
+    assert run_command("verify", str(tmp_path / "no\x1b[31m\nsuch")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"no\x1b[31m\nsuch: no checkpoint" in line

@@ -38,7 +38,7 @@ class Problem:
     def __str__(self) -> str:
         place = "" if self.byte_offset is None else f" at byte {self.byte_offset}"
         where = [*([] if self.file is None else [f"{self.file}{place}"]), *([] if self.fqn is None else [self.fqn])]
-        return ": ".join([self.kind, *where, f"expected {self.expected}; found {self.found}"])
+        return printable(": ".join([self.kind, *where, f"expected {self.expected}; found {self.found}"]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +71,8 @@ class VerifyReport:
     def __str__(self) -> str:
         verdict = "ok" if self.ok else f"{len(self.problems)} problem{'s' if len(self.problems) > 1 else ''}"
         lines = [
-            f"{self.path}: {verdict}: {self.nitems} items in {self.nfiles} files, {self.nbytes / 1e9:.3f} GB in "
-            f"{self.total_s:.3f} s ({self.gb_per_s:.2f} GB/s)",
+            f"{printable(self.path)}: {verdict}: {self.nitems} items in {self.nfiles} files, "
+            f"{self.nbytes / 1e9:.3f} GB in {self.total_s:.3f} s ({self.gb_per_s:.2f} GB/s)",
             *(f"  {problem}" for problem in self.problems),
         ]
         if self.unverified:
@@ -87,4 +87,13 @@ _MOST_NAMED = 5
 
 def _some(names: tuple[str, ...]) -> str:
     more = len(names) - _MOST_NAMED
-    return ", ".join(names[:_MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+    return printable(", ".join(names[:_MOST_NAMED])) + (f" and {more} more" if more > 0 else "")
+
+
+def printable(text: str) -> str:
+    """The text as one line, with escapes for what is no character to look at.
+
+    A checkpoint chooses the names in it: a line break would make lines of a report that nobody wrote, an escape
+    sequence would change the ones above.
+    """
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode("ascii") for each in text)

@@ -86,7 +86,7 @@ def replace_file(directory: str, name: str, parts: Iterable[bytes | memoryview],
                 if fsync:
                     os.fsync(file.fileno())
             os.replace(temporary, path)
-        except OSError:
+        except BaseException:  # Ctrl-C too
             with suppress(OSError):
                 os.unlink(temporary)
             raise
@@ -109,10 +109,13 @@ def metadata_names(directory: str) -> list[str]:
 
 
 def is_committed(directory: str) -> bool:
-    """Whether the directory holds a checkpoint, or ranks' own."""
+    """Whether the directory holds a checkpoint, or ranks' own: none where it may not be listed, as none can be read there."""
     try:
         return bool(metadata_names(directory))
     except (FileNotFoundError, NotADirectoryError):
+        return False
+    except PermissionError as err:  # no other error: what is not committed may be removed
+        _logger.warning("%s: may not be listed, so it counts as no checkpoint: %s", directory, err)
         return False
 
 

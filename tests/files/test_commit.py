@@ -23,6 +23,7 @@ from gpudcp.files.commit import (
     DirectoryLock,
     data_file_name,
     draw_save_id,
+    is_committed,
     is_data_file_name,
     make_directory,
     metadata_file_name,
@@ -216,6 +217,41 @@ def test_a_replacement_on_a_full_disk_leaves_the_old_file(small_directory: Path)
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(small_directory) == [".metadata"]
     assert (small_directory / ".metadata").read_bytes() == b"old"
+
+
+def test_an_interrupt_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while the metadata is written, or just before it is renamed."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / ".metadata").write_bytes(b"old")
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                replace_file(str(tmp_path), ".metadata", [b"new"], fsync=True)
+        assert [path.name for path in tmp_path.iterdir()] == [".metadata"]
+        assert (tmp_path / ".metadata").read_bytes() == b"old"
+
+
+def test_a_directory_that_may_not_be_listed_counts_as_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It could not be read either. Another error is raised: what is not committed may be removed."""
+    (tmp_path / ".metadata").write_bytes(b"a checkpoint")
+    assert is_committed(str(tmp_path))
+
+    def refuse(path: str) -> list[str]:
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    code = errno.EACCES
+    assert not is_committed(str(tmp_path))
+    assert f"{tmp_path}: may not be listed" in caplog.text
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        is_committed(str(tmp_path))
 
 
 def test_a_commit_that_dies_at_any_call_leaves_one_whole_checkpoint(start: Start) -> None:

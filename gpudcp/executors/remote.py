@@ -116,13 +116,22 @@ class WriterProcess:
                 end.settimeout(None)  # whatever socket.setdefaulttimeout says
             self._channel = ours
             self._child = subprocess.Popen(
-                [sys.executable, "-c", _START, *sys.path],
+                [sys.executable, "-c", _START, *_search_path()],
+                cwd="/",  # this process's own may have been removed; paths that are sent are absolute
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 # No GPU of this process is the child's business.
                 env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
             )
         return ours
+
+
+def _search_path() -> list[str]:
+    """``sys.path`` as another directory sees it; what is relative to one that is gone leads nowhere."""
+    try:
+        return [os.path.abspath(path) for path in sys.path]
+    except FileNotFoundError:
+        return [path for path in sys.path if os.path.isabs(path)]
 
 
 class RemoteExecutor:

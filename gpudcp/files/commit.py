@@ -109,7 +109,7 @@ def metadata_names(directory: str) -> list[str]:
 
 
 def is_committed(directory: str) -> bool:
-    """Whether the directory holds a checkpoint, or ranks' own: none where it may not be listed, as none can be read there."""
+    """Whether the directory holds a checkpoint, or ranks' own; not where it may not be listed."""
     try:
         return bool(metadata_names(directory))
     except (FileNotFoundError, NotADirectoryError):

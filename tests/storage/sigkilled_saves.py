@@ -72,6 +72,10 @@ def rank_main(directory: Path, rank: int, nranks: int, phase: str, count: int, r
     if nranks > 1:
         store = dist.FileStore(str(directory.with_name("store")), nranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=nranks, timeout=GROUP_TIMEOUT)
+        try:
+            dist.barrier()  # nobody dies before all are connected: the others would still wait for that
+        except RuntimeError:
+            return HEARD  # the victim was killed as soon as it had left the barrier
     clock = Clock(phase, count)
     try:
         gpudcp.save(storage_cases.state_of(2.0), directory, options=gpudcp.Options(slab_nbytes=65536))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -34,6 +35,7 @@ from gpudcp.files.commit import (
     make_directory,
     metadata_file_name,
     metadata_names,
+    rank_of_data_file,
     remove_files,
     replace_file,
     stale_data_names,
@@ -54,6 +56,8 @@ from gpudcp.storage.sources import PlannerSource, literal_data
 from gpudcp.views import ANNOUNCEMENT, StorageData
 
 _logger = logging.getLogger("gpudcp")
+
+_MOST_NAMED = 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +259,7 @@ class GpuStorageWriter(StorageWriter):
         index = columns.result()
         if lost := [name for name in self._written if not os.path.exists(os.path.join(self.path, name))]:
             raise CheckpointBusyError(f"{self.path}: {', '.join(lost)} was removed before this save was committed")
+        self._warn_of_unseen(records)
         name = metadata_file_name(rank)
         replaced = self._replaced_names(name)
         # The index first: beside the old .metadata it is of another one, and not read.
@@ -266,6 +271,27 @@ class GpuStorageWriter(StorageWriter):
             with suppress(OSError):
                 os.unlink(os.path.join(self.path, name + index_format.SUFFIX))
         self._clean_up(set(records.paths), replaced, rank)
+
+    def _warn_of_unseen(self, records: ItemRecords) -> None:
+        """Say so where the ranks' files are not all here. No error: some gather files of their nodes' own disks later.
+
+        One listing, as a look for each of thousands of files takes its time on a file system of many machines; of what
+        such a listing lacks, which may be behind, each is looked for.
+        """
+        listed = set(os.listdir(self.path))
+        unseen = [
+            path for path in records.paths if path not in listed and not os.path.lexists(os.path.join(self.path, path))
+        ]
+        if not unseen:
+            return
+        named = ", ".join(f"{path} of rank {rank_of_data_file(path)}" for path in unseen[:_MOST_NAMED])
+        message = (
+            f"{self.path}: {len(unseen)} of {len(records.paths)} files that the ranks have written are not in it: "
+            f"{named}{', ...' if len(unseen) > _MOST_NAMED else ''}; this checkpoint cannot be loaded without them. "
+            "All ranks must be given the same directory, on a file system that all of them see"
+        )
+        _logger.warning("%s", message)
+        warnings.warn(message, UserWarning, stacklevel=2)
 
     def _replaced_names(self, metadata_name: str) -> set[str]:
         """Data files that the metadata about to be replaced names, by stock's names, which carry no save id."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import types
 from collections.abc import Callable
 from datetime import timedelta
@@ -20,7 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 from gpudcp.errors import CheckpointBusyError, TransferError
 from gpudcp.ranks import Ranks
 
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=10)  # a rank that waits for it to pass is killed before
 
 
 class KeywordOnlyError(Exception):
@@ -198,7 +199,14 @@ def scenarios(rank: int, group: dist.ProcessGroup | None) -> dict[str, Callable[
 
 
 def outcome(scenario: Callable[[], Any]) -> dict[str, Any]:
-    """What came of a scenario, as JSON can tell it."""
+    """What came of a scenario, as JSON can tell it, and how long it took."""
+    started_s = time.monotonic()
+    found = value_or_error(scenario)
+    return {**found, "spent_s": time.monotonic() - started_s}
+
+
+def value_or_error(scenario: Callable[[], Any]) -> dict[str, Any]:
+    """What came of it."""
     try:
         return {"value": scenario()}
     except BaseException as error:

@@ -19,7 +19,7 @@ from gpudcp.errors import PlanError, RankFailedError, TransferError
 from gpudcp.ranks import Ranks
 
 NRANKS = 3
-DEADLINE_S = 100  # start-up, and less than twice the group's timeout: what reaches it hangs
+DEADLINE_S = 100  # of all together; the group's timeout is ten minutes, so who waits for that is found out here
 
 Outcomes = list[dict[str, tuple[dict[str, Any], Any]]]
 """By rank, by scenario: what came of it, and of the step after it."""
@@ -247,6 +247,17 @@ def test_a_rank_that_is_killed_is_an_error_of_our_tree_on_the_others(outcomes: O
         outcome, _ = outcomes[rank]["killed"]
         assert (outcome["error"], outcome["cause"]) == ("RankFailedError", "RuntimeError")
         assert outcome["message"].startswith("step failed: the ranks lost touch with each other: ")
+
+
+def test_every_rank_hears_of_a_failure_within_five_seconds_and_of_a_death_within_ten(outcomes: Outcomes) -> None:
+    """Of any fault in any step, from its own call of it on."""
+    spent_s = {
+        (rank, name): (outcome["spent_s"], 10.0 if name == "killed" else 5.0)
+        for rank, of_rank in enumerate(outcomes)
+        for name, (outcome, _) in of_rank.items()
+    }
+    assert {place: spent for place, (spent, most) in spent_s.items() if spent >= most} == {}
+    assert all((rank, "killed") in spent_s for rank in (0, 1))
 
 
 # --- one process alone -----------------------------------------------------------------------------------------------

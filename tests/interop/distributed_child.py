@@ -1,16 +1,17 @@
 """Run in a process of its own: four gloo ranks, forked after one import of torch, go through many scenarios.
 
 Usage: distributed_child.py DIRECTORY. The ranks meet in several worlds, one after the other: of the first two, of all
-four, of the first two again, of the last two. Prints JSON: what went wrong, by scenario and rank.
+four, of the first two again; then pairs of which one dies, each forked anew. Prints JSON: what went wrong, by scenario
+and rank.
 """
 
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import logging
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,8 +19,9 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import interop_cases
 import torch
@@ -48,8 +50,14 @@ from gpudcp.errors import (
 )
 from gpudcp.files import commit, posix
 from gpudcp.planners import local_save_plan
+from gpudcp.storage import writer as writer_module
 
-TIMEOUT = timedelta(seconds=60)
+# Far longer than any test may take: a rank that waits for it to pass never ends.
+TIMEOUT = timedelta(minutes=10)
+WATCHDOG_S = 240
+RAISED_WITHIN_S, DEAD_WITHIN_S = 5.0, 10.0
+"""How long a rank may take, from its own call on, to hear that another one has raised, or has died."""
+
 Scenario = Callable[[Path], None]
 
 TENSORS = {
@@ -138,12 +146,14 @@ def check_loads(directory: Path, *loads: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def raises(kind: type[BaseException], *texts: str) -> Iterator[list[BaseException]]:
+def raises(kind: type[BaseException], *texts: str, within_s: float = RAISED_WITHIN_S) -> Iterator[list[BaseException]]:
     told: list[BaseException] = []
+    started_s = time.monotonic()
     try:
         yield told
     except kind as error:
         told.append(error)
+    assert (spent_s := time.monotonic() - started_s) < within_s, f"after {spent_s:.1f} s"
     assert told, f"no {kind.__name__}"
     missing = [text for text in texts if text not in str(told[0])]
     assert not missing, f"{missing} not in {told[0]}"
@@ -807,27 +817,60 @@ def fsdp_loads_on_fewer_ranks(directory: Path) -> None:
             check_equal(expected, full_values(model, optimizer))
 
 
-def a_killed_rank_leaves_the_old_checkpoint(directory: Path) -> None:
-    """One rank dies in mid-write: the other hears of it, the directory is free, the old checkpoint is whole."""
-    path = directory / "killed"
+def ranks_that_are_given_different_directories_are_warned_of(directory: Path) -> None:
+    """The save succeeds, as the files may be gathered later; the coordinator names the missing ones and their ranks."""
+    paths = [directory / f"apart_{rank}" for rank in range(dist.get_world_size())]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gpudcp.save(only(1.0), directory / "together")
+        gpudcp.save(only(1.0), paths[dist.get_rank()])
+    told = [str(each.message) for each in caught if "have written are not in it" in str(each.message)]
+    dist.barrier()
+    if dist.get_rank():
+        assert told == []
+    else:
+        (text,) = told
+        (missing,) = (path.name for path in paths[1].glob("*.distcp"))
+        assert f"{missing} of rank 1" in text
+        assert "1 of 2 files" in text
+        assert "the same directory" in text
+        (paths[1] / missing).rename(paths[0] / missing)
+    dist.barrier()
+    check_loads_only(paths[0], 1.0)
+
+
+class Place(NamedTuple):
+    """Where a rank dies in a save: at a call of a class or a module, on a rank."""
+
+    owner: Any
+    call: str
+    rank: int
+
+
+DEATHS = {
+    "in its own planning": Place(gpudcp.DefaultSavePlanner, "create_local_plan", 1),
+    "in the global planning": Place(gpudcp.DefaultSavePlanner, "create_global_plan", 0),
+    "in packing": Place(gpudcp.DefaultSavePlanner, "resolve_sources", 1),
+    "in writing": Place(posix.PosixWriter, "write", 1),
+    "in fsync": Place(posix.PosixWriter, "finish", 0),
+    "in commit": Place(writer_module, "replace_file", 0),
+}
+
+
+def a_rank_that_dies(directory: Path, where: str) -> None:
+    """The other hears of it, the directory is free, the old checkpoint is whole, and the next save cleans up."""
+    place, path = DEATHS[where], directory / f"killed {where}"
     gpudcp.save(only(1.0), path)
-
-    class Dies(gpudcp.DefaultSavePlanner):
-        def resolve_data(self, write_item: Any) -> torch.Tensor | io.BytesIO:
-            if dist.get_rank() == 1:
-                os._exit(0)
-            return super().resolve_data(write_item)
-
-    mesh = mesh_of((-1,))
-    full = torch.arange(dist.get_world_size() * 6.0).view(-1, 3)
-    with raises(GpuDcpError):
-        gpudcp.save({"weight": sharded(full, mesh, (0,)), "step": 2.0}, path, planner=Dies())
-    assert not (path / commit.LOCK_NAME).exists()
+    if dist.get_rank() == place.rank:
+        setattr(place.owner, place.call, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+    with raises(RankFailedError, "lost touch", within_s=DEAD_WITHIN_S):
+        gpudcp.save(only(2.0), path)
+    full = torch.arange(12.0).view(4, 3)
     found = {"weight": torch.zeros(4, 3), "step": 0.0}
     gpudcp.load(found, path, no_dist=True)
     assert torch.equal(found["weight"], full + 1)
     gpudcp.save({"weight": full, "step": 3.0}, path, no_dist=True)
-    assert len(list(path.glob("*.distcp"))) == 1
+    assert sorted(name.name[:4] for name in path.iterdir()) == [".met", "__0_"]
 
 
 WORLDS: tuple[tuple[str, tuple[int, ...], tuple[Scenario, ...]], ...] = (
@@ -869,9 +912,23 @@ WORLDS: tuple[tuple[str, tuple[int, ...], tuple[Scenario, ...]], ...] = (
             fsdp_saves,
         ),
     ),
-    ("two_again", (0, 1), (two_ranks_load_what_four_saved, fsdp_loads_on_fewer_ranks)),
-    ("last_two", (2, 3), (a_killed_rank_leaves_the_old_checkpoint,)),
+    (
+        "two_again",
+        (0, 1),
+        (
+            two_ranks_load_what_four_saved,
+            fsdp_loads_on_fewer_ranks,
+            ranks_that_are_given_different_directories_are_warned_of,
+        ),
+    ),
 )
+
+
+def join(directory: Path, world: str, rank: int, nranks: int) -> None:
+    """Meet the other ranks of a world."""
+    store = f"file://{directory}/store_{world.replace(' ', '_')}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=nranks, timeout=TIMEOUT)
+    dist.barrier()  # nobody goes, or dies, before all are connected
 
 
 def run_rank(number: int, directory: Path) -> None:
@@ -881,13 +938,7 @@ def run_rank(number: int, directory: Path) -> None:
     for world, members, scenarios in WORLDS:
         if number not in members:
             continue
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{directory}/store_{world}",
-            rank=members.index(number),
-            world_size=len(members),
-            timeout=TIMEOUT,
-        )
+        join(directory, world, members.index(number), len(members))
         for scenario in scenarios:
             try:
                 scenario(directory)
@@ -896,39 +947,58 @@ def run_rank(number: int, directory: Path) -> None:
                 found[scenario.__name__] = traceback.format_exc()
             report.write_text(json.dumps(found))
             if found[scenario.__name__]:
-                break  # the ranks no longer agree on what comes next
-        else:
-            if world != "last_two":
-                dist.barrier()
-                dist.destroy_process_group()
-            continue
-        return
+                return  # the ranks no longer agree on what comes next
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def run_pair(number: int, directory: Path, where: str) -> None:
+    """One rank of two, of which one dies."""
+    join(directory, where, number, 2)
+    text = ""
+    try:
+        a_rank_that_dies(directory, where)
+    except BaseException:
+        text = traceback.format_exc()
+    (directory / f"rank_{number}_{where}.json").write_text(json.dumps({where: text}))
+
+
+def run_forked(rank_mains: list[Callable[[], None]], deadline_s: float) -> None:
+    """Each in a process of its own, until all have ended or the time is over."""
+    children = set()
+    for rank_main in rank_mains:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                rank_main()
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush()
+            os._exit(code)
+        children.add(pid)
+    while children:
+        if time.monotonic() > deadline_s:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+        children -= {pid for pid in children if os.waitpid(pid, os.WNOHANG)[0]}
+        time.sleep(0.01)
 
 
 def main(directory: Path) -> dict[str, dict[str, str]]:
     """Fork the ranks, wait for them, and gather what they found."""
     torch.set_num_threads(1)
     logging.disable(logging.ERROR)
-    children = []
-    for number in range(4):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                run_rank(number, directory)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            sys.stdout.flush()
-            os._exit(code)
-        children.append(pid)
-    for pid in children:
-        os.waitpid(pid, 0)
+    deadline_s = time.monotonic() + WATCHDOG_S
+    run_forked([partial(run_rank, number, directory) for number in range(4)], deadline_s)
+    for where in DEATHS:
+        run_forked([partial(run_pair, number, directory, where) for number in range(2)], deadline_s)
     results: dict[str, dict[str, str]] = {}
-    for number in range(4):
-        report = directory / f"rank_{number}.json"
-        for scenario, text in (json.loads(report.read_text()) if report.exists() else {}).items():
-            results.setdefault(scenario, {})[str(number)] = text
+    for report in sorted(directory.glob("rank_*.json")):
+        number = report.stem.split("_")[1]
+        for scenario, text in json.loads(report.read_text()).items():
+            results.setdefault(scenario, {})[number] = text
     return results
 
 

@@ -86,12 +86,16 @@ def own(tmp_path: Path) -> Path:
     return tmp_path / "own"
 
 
+def two_state() -> dict[str, Any]:
+    """Two tensors of five blocks each."""
+    return {f"t{number}": torch.arange(5000.0) + number for number in range(2)}
+
+
 @pytest.fixture
 def two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint of ours in two data files, alike in everything but the tensors' values."""
     monkeypatch.setattr("gpudcp.chunkplan.save.FULL_FILE_NBYTES", 1 << 14)
-    state = {f"t{number}": torch.arange(5000.0) + number for number in range(2)}
-    gpudcp.save(state, tmp_path / "two", options=Options(threads=2, direct_io="off"))
+    gpudcp.save(two_state(), tmp_path / "two", options=Options(threads=2, direct_io="off"))
     assert len(data_files(tmp_path / "two")) == 2
     return tmp_path / "two"
 
@@ -236,30 +240,64 @@ def test_no_byte_outside_payloads_can_change_unseen(tmp_path: Path) -> None:
     assert missed == []
 
 
-def test_zeroed_duplicated_and_exchanged_blocks_are_found(two_files: Path) -> None:
-    """Every block of 4096 bytes, with the one after it and with the one at its place in the other file."""
-    one, other = data_files(two_files)
+def damaged_blocks(one: Path, other: Path) -> Iterator[None]:
+    """Two files with every block of 4096 bytes zeroed, or as the next one, or exchanged: with that, or between them."""
     contents = {path: path.read_bytes() for path in (one, other)}
 
     def block(path: Path, start: int) -> bytes:
         return contents[path][start : start + BLOCK_NBYTES]
 
-    def check(*changes: tuple[Path, int, bytes]) -> None:
-        for path, start, data in changes:
+    def changes() -> Iterator[list[tuple[Path, int, bytes]]]:
+        for start in range(0, len(contents[one]), BLOCK_NBYTES):
+            for path in contents:
+                following = block(path, start + BLOCK_NBYTES)
+                yield [(path, start, bytes(len(block(path, start))))]
+                yield [(path, start, following)]
+                yield [(path, start, following), (path, start + BLOCK_NBYTES, block(path, start)[: len(following)])]
+            yield [(one, start, block(other, start)), (other, start, block(one, start))]
+
+    for each in changes():
+        for path, start, data in each:
             with path.open("r+b") as file:
                 os.pwrite(file.fileno(), data, start)
-        is_changed = any(path.read_bytes() != contents[path] for path in contents)
-        assert gpudcp.verify(two_files, options=SMALL_SLABS).ok != is_changed
+        if any(path.read_bytes() != content for path, content in contents.items()):
+            yield
         for path, content in contents.items():
             path.write_bytes(content)
 
-    for start in range(0, len(contents[one]), BLOCK_NBYTES):
-        for path in contents:
-            following = block(path, start + BLOCK_NBYTES)
-            check((path, start, bytes(len(block(path, start)))))
-            check((path, start, following))
-            check((path, start, following), (path, start + BLOCK_NBYTES, block(path, start)[: len(following)]))
-        check((one, start, block(other, start)), (other, start, block(one, start)))
+
+def check_loads_nothing_wrong(directory: Path) -> None:
+    """A load of `two_state` raises, or gives the right values."""
+    found = {fqn: torch.zeros_like(tensor) for fqn, tensor in two_state().items()}
+    with suppress(GpuDcpError):
+        gpudcp.load(found, directory)
+        assert bits_of(found) == bits_of(two_state())
+
+
+def test_zeroed_duplicated_and_exchanged_blocks_are_found(two_files: Path) -> None:
+    """Every block, with the one after it and with the one at its place in the other file; none is loaded."""
+    ndamaged = 0
+    for _ in damaged_blocks(*data_files(two_files)):
+        assert not gpudcp.verify(two_files, options=SMALL_SLABS).ok
+        check_loads_nothing_wrong(two_files)
+        ndamaged += 1
+    assert ndamaged > 20
+    assert gpudcp.verify(two_files).ok
+
+
+def test_zeroed_duplicated_and_exchanged_blocks_of_stocks_files_are_found(tmp_path: Path) -> None:
+    """As far as its checksums reach, which are those of its records: what they miss changes no value."""
+    writer = dcp.FileSystemWriter(tmp_path / "stock", single_file_per_rank=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(two_state(), storage_writer=writer)
+    ndamaged, nmissed = 0, 0
+    for _ in damaged_blocks(*data_files(tmp_path / "stock")):
+        nmissed += gpudcp.verify(tmp_path / "stock", options=SMALL_SLABS).ok
+        check_loads_nothing_wrong(tmp_path / "stock")
+        ndamaged += 1
+    assert ndamaged > 20
+    assert nmissed == 0
 
 
 def test_swapped_files_are_found_by_the_checksums_in_the_metadata(two_files: Path) -> None:

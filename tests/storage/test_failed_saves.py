@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,3 +142,34 @@ def test_an_overwrite_killed_at_any_point_leaves_old_or_new(tmp_path: Path) -> N
     assert found["old"] >= 10
     assert found["new"] >= 3
     assert found["finished"] >= 1
+
+
+@pytest.mark.parametrize("call", ["save", "async_save"])
+def test_a_terminated_process_loses_the_save_in_flight_and_keeps_the_old_checkpoint(
+    checkpoint: Path, call: str
+) -> None:
+    """SIGTERM, with what Python and torch make of it by default; the next save cleans up."""
+    script = f"""
+import os, signal, sys, time, gpudcp, storage_cases
+from gpudcp.files.posix import PosixWriter
+
+def terminated(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+PosixWriter.finish = terminated
+gpudcp.{call}(storage_cases.state_of(2.0), sys.argv[1])
+"""
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, (root, root / "kernels", Path(__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(checkpoint)],
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == -signal.SIGTERM
+    assert is_same(load(checkpoint), state_of(1.0))
+    gpudcp.save(state_of(3.0), checkpoint)
+    assert is_same(load(checkpoint), state_of(3.0))
+    assert len(names(checkpoint)) == 2

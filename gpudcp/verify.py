@@ -23,7 +23,7 @@ from gpudcp.storage.places import directory_of
 from gpudcp.storage.stored import Window
 from gpudcp.verification.claims import Claim, claims_of
 from gpudcp.verification.expected import ExpectedFile, expected_file, items_by_file
-from gpudcp.verification.indexes import Identity, index_problems, read_index
+from gpudcp.verification.indexes import Identity, index_problems, is_written_of, read_index
 from gpudcp.verification.reading import Comparison
 from gpudcp.verification.report import Problem, VerifyReport
 from gpudcp.views import ColumnMetadata
@@ -124,12 +124,14 @@ def _content(path: str) -> bytes | None:
 def _metadata(data: bytes, path: str, identity: Identity | None, found: _Found) -> Metadata | None:
     """What the metadata file says or, where it cannot be read, what its index says."""
     name = os.path.basename(path)
+    indexed = _indexed(path, identity, found)
+    if indexed is not None and is_written_of(data, indexed):
+        return indexed
     metadata = None
     try:
         metadata = decode_metadata(data, path=path, trust_pickle=False)
     except GpuDcpError as err:
         found.problems.append(Problem(kind="metadata", file=name, expected="a checkpoint's metadata", found=str(err)))
-    indexed = _indexed(path, identity, found)
     if metadata is None or indexed is None:
         return metadata or indexed
     found.problems += index_problems(indexed, metadata, file=name + SUFFIX)

@@ -27,7 +27,8 @@ import gpudcp
 from gpudcp import Options, VerifyReport
 from gpudcp.errors import CheckpointBusyError, CheckpointNotFoundError, GpuDcpError
 from gpudcp.formats.index import index_columns
-from gpudcp.verification.indexes import read_index
+from gpudcp.verification.claims import claims_of
+from gpudcp.verification.indexes import is_written_of, read_index
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 
@@ -536,6 +537,48 @@ def test_a_bit_of_the_index_that_changes_no_meaning_is_found(tmp_path: Path) -> 
         assert path.read_bytes()[byte_offset:][:2] == b"E9"
         assert kinds(gpudcp.verify(directory)) == ["index"]
     assert gpudcp.verify(directory).ok
+
+
+@pytest.mark.usefixtures("with_index")
+def test_metadata_that_is_written_as_its_index_says_is_not_unpickled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their agreement is told from the bytes: flat, and nested in dicts whose keys are one object."""
+    inner = {f"layer{number}": torch.full((3,), float(number)) for number in range(9)}
+    gpudcp.save(state_of(), tmp_path / "flat")
+    gpudcp.save({"model": inner, "optimizer": {"state": inner, "note": "x"}, "step": 3}, tmp_path / "nested")
+
+    def unpickle(*_: Any, **__: Any) -> Any:
+        raise AssertionError("it is unpickled")
+
+    monkeypatch.setattr(sys.modules["gpudcp.verify"], "decode_metadata", unpickle)
+    for name in ("flat", "nested"):
+        report = gpudcp.verify(tmp_path / name)
+        assert report.ok, str(report)
+
+
+@pytest.mark.usefixtures("with_index")
+def test_metadata_that_says_the_same_in_other_bytes_is_compared_with_its_index(own: Path) -> None:
+    """As another release writes it; both ways lead to the same claims."""
+    gpudcp.save(state_of(), own)
+    path = own / ".metadata.index"
+    indexed, _ = read_index(path.read_bytes(), path=str(path))
+    pickled = pickle.dumps(metadata_of(own))
+    (own / ".metadata").write_bytes(pickled + struct.pack("<8sQI", b"GPUDCPM1", len(pickled), zlib.crc32(pickled)))
+    assert indexed.row_records is not None
+    columns = index_columns(indexed, indexed.row_records)
+    assert columns is not None
+    path.write_bytes(columns.encoded(nbytes=len(pickled), crc=zlib.crc32(pickled)))
+    assert not is_written_of((own / ".metadata").read_bytes(), indexed)
+    report = gpudcp.verify(own)
+    assert report.ok, str(report)
+    assert report.stale == ()
+    of_rows, of_objects = (
+        sorted(claims_of(each, str(own), file=".metadata")[0], key=lambda claim: claim.item.fqn)
+        for each in (indexed, metadata_of(own))
+    )
+    assert of_rows == of_objects
+    assert len(of_rows) == 8
 
 
 @pytest.mark.usefixtures("with_index")

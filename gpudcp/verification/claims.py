@@ -14,13 +14,15 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from gpudcp.arrays import NONE
 from gpudcp.columns import CheckpointColumns
-from gpudcp.errors import CorruptCheckpointError, GpuDcpError, PlanError
+from gpudcp.errors import CorruptCheckpointError, GpuDcpError, PlanError, UnsafeCheckpointError
 from gpudcp.files.commit import rank_of_data_file
 from gpudcp.names import Names
 from gpudcp.planners.validate import check_chunks
 from gpudcp.storage.stored import StoredItem, StoredItems
 from gpudcp.verification.report import Problem
+from gpudcp.views import ColumnMetadata
 
 Sizes = tuple[int, ...]
 
@@ -49,6 +51,10 @@ def claims_of(metadata: Metadata, directory: str, *, file: str) -> tuple[list[Cl
         directory: of the checkpoint.
         file: that holds the metadata, for messages.
     """
+    if isinstance(metadata, ColumnMetadata):
+        if (of_rows := _claims_of_rows(metadata, directory)) is not None:
+            return of_rows, []
+        metadata = metadata.plain()
     problems: list[Problem] = []
     tensors, described = _described(metadata, file, problems)
     try:
@@ -76,6 +82,36 @@ def claims_of(metadata: Metadata, directory: str, *, file: str) -> tuple[list[Cl
     ranks = {rank_of_data_file(claim.item.path) for claim in claims}
     problems += _cover_problems(tensors, file, must_cover=len(ranks) > 1)
     return claims, problems
+
+
+def _claims_of_rows(metadata: ColumnMetadata, directory: str) -> list[Claim] | None:
+    """The claims of columns, without an object for each entry; None where something is to be said of one of them."""
+    columns, records = metadata.columns, metadata.row_records
+    if records is None or not metadata.is_unchanged or 0 in np.diff(columns.first_rows):
+        return None
+    used = [records.paths[number] for number in np.unique(records.path_ids).tolist()]
+    stored = StoredItems(metadata, directory)
+    try:
+        stored.checked_paths(used)
+        check_chunks(columns, must_cover=len({rank_of_data_file(path) for path in used}) > 1)
+    except (PlanError, UnsafeCheckpointError):
+        return None
+    indices = records.indices
+    numbers: dict[Any, int] = {}
+    offsets = np.array([numbers.setdefault(offset, len(numbers)) for offset in indices.offsets], dtype=np.int64)
+    keys = indices.name_ids.astype(np.int64) * len(offsets) + offsets[indices.offset_ids]
+    if len(np.unique(keys)) < len(keys):
+        return None  # an empty shard that begins where a full one does
+    lengths, dtypes = columns.boxes[:, 1].tolist(), [*(each.dtype for each in columns.properties), None]
+    known: dict[tuple[int, int], Sizes] = {}
+    claims = []
+    rows = (columns.row_boxes, columns.ndims[indices.name_ids], columns.property_ids[indices.name_ids])
+    for index, box, ndim, property_id in zip(indices, *(row.tolist() for row in rows), strict=True):
+        sizes = None
+        if property_id != NONE and (sizes := known.get((box, ndim))) is None:
+            sizes = known[box, ndim] = tuple(lengths[box][:ndim])
+        claims.append(Claim(stored.find(index), sizes, dtypes[property_id]))
+    return claims
 
 
 def _chunk(index: MetadataIndex) -> str:

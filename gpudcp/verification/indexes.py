@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 from torch.distributed.checkpoint.metadata import Metadata
 
 from gpudcp._dcp import item_extras
 from gpudcp.errors import CorruptCheckpointError
+from gpudcp.files.commit import rank_of_data_file
 from gpudcp.formats.index import decode_index
+from gpudcp.formats.metadata import encode_metadata
+from gpudcp.names import Names
 from gpudcp.verification.report import Problem
-from gpudcp.views import ColumnMetadata
+from gpudcp.views import ANNOUNCEMENT, ColumnMetadata
 
 Identity = tuple[int, int]
 """Length and CRC-32 of a pickle: what binds an index to its ``.metadata``."""
@@ -53,6 +59,36 @@ def _header(data: bytes, path: str) -> dict[str, Any]:
     if text.rstrip(" ") != compact or json.dumps(header) != inner:
         raise CorruptCheckpointError(f"{path}: the header's JSON is not spelled as an index's is", path=path)
     return dict(header)
+
+
+def is_written_of(data: bytes, indexed: ColumnMetadata) -> bool:
+    """Whether a ``.metadata`` is, byte for byte, what a save writes of what the index says.
+
+    Then the two agree, and it is as harmless as what this package writes: it needs no unpickling, nor the longer look
+    before that. False says nothing: a save of other strings that are one object, or by another release, writes others.
+    """
+    records = indexed.row_records
+    if records is None:
+        return False
+    # As the coordinator had them: one rank's after the other's.
+    ranks = np.array([rank_of_data_file(path) or 0 for path in records.paths], dtype=np.int64)[records.path_ids]
+    in_order = records.reordered(np.argsort(ranks, kind="stable"))
+    return any(b"".join(encode_metadata(each, in_order).parts) == data for each in _as_saved(indexed))
+
+
+def _as_saved(indexed: ColumnMetadata) -> Iterator[ColumnMetadata]:
+    """The metadata with those texts made one object that are one on save, as a pickle says which are."""
+    meta = indexed.storage_meta
+    if meta is not None and meta.modules == [ANNOUNCEMENT]:
+        meta = replace(meta, modules=[ANNOUNCEMENT])
+    fields = {"storage_meta": meta, "version": indexed.version}
+    yield ColumnMetadata(indexed.columns, indexed.row_records, **fields)
+    names = indexed.columns.names
+    if names.paths is not None:  # of one process the keys of nested dicts are what they were there
+        known: dict[Any, Any] = {fqn: fqn for fqn in names.fqns}
+        paths = {fqn: tuple(known.setdefault(part, part) for part in path) for fqn, path in names.paths.items()}
+        columns = replace(indexed.columns, names=Names(names.fqns, paths))
+        yield ColumnMetadata(columns, indexed.row_records, **fields)
 
 
 def index_problems(indexed: ColumnMetadata, metadata: Metadata, *, file: str) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import pickle
@@ -27,8 +28,10 @@ import gpudcp
 from gpudcp import Options, VerifyReport
 from gpudcp.errors import CheckpointBusyError, CheckpointNotFoundError, GpuDcpError
 from gpudcp.formats.index import index_columns
+from gpudcp.names import Names
 from gpudcp.verification.claims import claims_of
 from gpudcp.verification.indexes import is_written_of, read_index
+from gpudcp.views import ColumnMetadata
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 
@@ -582,6 +585,29 @@ def test_metadata_that_says_the_same_in_other_bytes_is_compared_with_its_index(o
 
 
 @pytest.mark.usefixtures("with_index")
+def test_an_index_with_paths_of_anything_is_compared_with_its_metadata(own: Path) -> None:
+    """JSON holds lists where keys are expected: they are hashed by nobody."""
+    gpudcp.save(state_of(), own)
+    path = own / ".metadata.index"
+    indexed, (nbytes, crc) = read_index(path.read_bytes(), path=str(path))
+    assert indexed.row_records is not None
+    odd: Any = {"weight": ([1], {"a": None}, 2.5)}
+    names = Names(indexed.columns.names.fqns, {**(indexed.columns.names.paths or {}), **odd})
+    odd_metadata = ColumnMetadata(
+        dataclasses.replace(indexed.columns, names=names),
+        indexed.row_records,
+        storage_meta=indexed.storage_meta,
+        version=indexed.version,
+    )
+    columns = index_columns(odd_metadata, indexed.row_records)
+    assert columns is not None
+    path.write_bytes(columns.encoded(nbytes=nbytes, crc=crc))
+    (problem,) = gpudcp.verify(own).problems
+    assert (problem.kind, problem.file) == ("index", ".metadata.index")
+    assert "planner_data" in problem.expected
+
+
+@pytest.mark.usefixtures("with_index")
 def test_data_is_checked_by_the_index_where_the_metadata_is_damaged(own: Path) -> None:
     """Both problems are found."""
     gpudcp.save(state_of(), own)
@@ -666,6 +692,10 @@ def overlap(metadata: Metadata) -> None:
     one.offset, one.length = other.offset + 1, other.length - 1
 
 
+def name_absurd_rank(metadata: Metadata) -> None:
+    metadata.storage_data[MetadataIndex("weight", [0, 0])].relative_path = f"__{'9' * 5000}_0.distcp"
+
+
 def make_no_numbers(metadata: Metadata) -> None:
     metadata.state_dict_metadata["weight"].size = ("twelve", None)  # type: ignore[union-attr, assignment]
 
@@ -696,6 +726,7 @@ def make_sizes_absurd(metadata: Metadata) -> None:
         (leave_directory, "record"),
         (leave_file, "length"),
         (overlap, "overlap"),
+        (name_absurd_rank, "file"),
         (make_no_numbers, "metadata"),
         (lose_chunks, "metadata"),
         (make_crc_too_large, "archive"),

@@ -26,7 +26,8 @@ _logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".gpudcp.lock"
 TEMPORARY_SUFFIX = ".tmp"
-_DATA_NAME = re.compile(r"__(?P<rank>\d+)_\d+(_(?P<save_id>[0-9a-f]{16}))?\.distcp")
+# Of a thousand digits, as a hostile name may have them, Python makes no number.
+_DATA_NAME = re.compile(r"__(?P<rank>\d{1,9})_\d+(_(?P<save_id>[0-9a-f]{16}))?\.distcp")
 _METADATA_NAME = re.compile(r"(__\d+)?\.metadata")
 _COMMITTED_NAME = re.compile(r"((__\d+)?\.metadata)(\.index)?")
 # What flock answers on file systems without locks, Lustre mounted without its flock option among them.

@@ -85,8 +85,12 @@ def _as_saved(indexed: ColumnMetadata) -> Iterator[ColumnMetadata]:
     yield ColumnMetadata(indexed.columns, indexed.row_records, **fields)
     names = indexed.columns.names
     if names.paths is not None:  # of one process the keys of nested dicts are what they were there
-        known: dict[Any, Any] = {fqn: fqn for fqn in names.fqns}
-        paths = {fqn: tuple(known.setdefault(part, part) for part in path) for fqn, path in names.paths.items()}
+        known = {fqn: fqn for fqn in names.fqns}
+
+        def one(part: Any) -> Any:
+            return known.setdefault(part, part) if type(part) is str else part
+
+        paths = {fqn: tuple(map(one, path)) for fqn, path in names.paths.items()}
         columns = replace(indexed.columns, names=Names(names.fqns, paths))
         yield ColumnMetadata(columns, indexed.row_records, **fields)
 

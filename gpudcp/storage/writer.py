@@ -285,13 +285,13 @@ class GpuStorageWriter(StorageWriter):
         if not unseen:
             return
         named = ", ".join(f"{path} of rank {rank_of_data_file(path)}" for path in unseen[:_MOST_NAMED])
-        message = (
+        warnings.warn(
             f"{self.path}: {len(unseen)} of {len(records.paths)} files that the ranks have written are not in it: "
             f"{named}{', ...' if len(unseen) > _MOST_NAMED else ''}; this checkpoint cannot be loaded without them. "
-            "All ranks must be given the same directory, on a file system that all of them see"
+            "All ranks must be given the same directory, on a file system that all of them see",
+            UserWarning,
+            stacklevel=2,
         )
-        _logger.warning("%s", message)
-        warnings.warn(message, UserWarning, stacklevel=2)
 
     def _replaced_names(self, metadata_name: str) -> set[str]:
         """Data files that the metadata about to be replaced names, by stock's names, which carry no save id."""

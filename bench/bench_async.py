@@ -74,7 +74,10 @@ def test_the_stall(benchmark: BenchmarkFixture, suite: Suite, sizes: Sizes, tmpf
 
 @pytest.mark.parametrize("mode", ["thread", "process"])
 def test_training_beside_a_save(benchmark: BenchmarkFixture, suite: Suite, disk: Path, mode: str) -> None:
-    """Steps on one core, the save on the other: medians of steps without and with a save, in turns."""
+    """Steps on one core, the save on the other: without and with a save, in turns.
+
+    The target is for the mean: all the time that training takes, with the steps that a save holds up.
+    """
     state = _state(suite)
     need_room(disk, 3 * _nbytes(state))
     directory = empty_directory(disk / mode)
@@ -108,12 +111,17 @@ def test_training_beside_a_save(benchmark: BenchmarkFixture, suite: Suite, disk:
         benchmark.pedantic(turn, rounds=3 if suite.is_full else 1)
     finally:
         torch.set_num_threads(threads)
-    quiet_ms, beside_ms = (statistics.median(steps[key]) * 1e3 for key in (False, True))
+    alone, beside = steps[False], steps[True]
     suite.tables.append(
         Table(
             title=f"training beside a save by a {mode}",
-            columns=("", "step, median ms", "steps"),
-            rows=(("alone", quiet_ms, len(steps[False])), ("beside a save", beside_ms, len(steps[True]))),
+            columns=("", "step, mean ms", "median ms", "max ms", "steps"),
+            rows=(("alone", *_in_ms(alone), len(alone)), ("beside a save", *_in_ms(beside), len(beside))),
         )
     )
-    suite.expect(f"step beside a save by a {mode}", beside_ms / quiet_ms, "at most", SLOWDOWN_TARGET, "x")
+    ratio = statistics.mean(beside) / statistics.mean(alone)
+    suite.expect(f"steps beside a save by a {mode}, all together", ratio, "at most", SLOWDOWN_TARGET, "x")
+
+
+def _in_ms(seconds: list[float]) -> tuple[float, float, float]:
+    return tuple(each(seconds) * 1e3 for each in (statistics.mean, statistics.median, max))  # type: ignore[return-value]

@@ -172,7 +172,8 @@ def async_save(
             taken.append((writer, _staged(state_dict, planner, async_stager, is_shared=is_by_process)))
         except BaseException as error:
             failed.append(error)
-        upload: Any = _background.begin(act)
+        place = getattr(taken[0][0], "checkpoint_id", None) if taken else checkpoint_id
+        upload: Any = _background.begin(act, str(place))
     if failed:
         upload.exception()
         raise failed[0]

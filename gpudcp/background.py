@@ -77,8 +77,13 @@ class BackgroundSaves:
         if error is not None:
             raise error
 
-    def begin(self, act: Callable[[], Metadata]) -> UploadFuture:
-        """Run ``act`` in the background. What was begun before must have ended: see `settle`."""
+    def begin(self, act: Callable[[], Metadata], place: str) -> UploadFuture:
+        """Run ``act`` in the background. What was begun before must have ended: see `settle`.
+
+        Args:
+            act: the save.
+            place: where it goes, for the log.
+        """
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         future = UploadFuture()
         # All ranks save together, so no rank can take its part back: ``cancel()`` returns False.
@@ -91,7 +96,7 @@ class BackgroundSaves:
                     relax_stream_capture()
                 future.set_result(act())
             except BaseException as error:
-                _logger.error("a background save failed: %s: %s", type(error).__name__, error)
+                _logger.error("%s: a background save failed: %s: %s", place, type(error).__name__, error)
                 future.set_exception(error)
 
         thread = threading.Thread(target=run, name=_THREAD_NAME)

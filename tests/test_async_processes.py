@@ -1,4 +1,4 @@
-"""Saves by processes of their own: gpudcp's writing process and torch's, on one rank and on two."""
+"""Background saves of several processes: writing processes, gpudcp's and torch's, on one rank and on two; lost ranks."""
 
 from __future__ import annotations
 
@@ -98,6 +98,31 @@ pids = [None, None]
 dist.all_gather_object(pids, children.pop())
 assert len({*pids, os.getpid()}) == 3
 os._exit(0)  # not through the interpreter's shutdown, where gloo's threads now and then abort the process
+"""
+    run(script, tmp_path, nranks=2)
+
+
+def test_a_rank_that_died_before_the_first_background_save_is_heard_of(tmp_path: Path) -> None:
+    """Within 10 seconds, though the group waits for 10 minutes, and though the save first makes a group of its own."""
+    script = """
+import datetime, os, sys, time, torch, torch.distributed as dist, gpudcp
+rank = int(os.environ["RANK"])
+timeout = datetime.timedelta(minutes=10)
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/store", rank=rank, world_size=2, timeout=timeout)
+part = dist.new_group([1, 0], timeout=timeout)
+dist.barrier()
+if rank == 1:
+    os._exit(0)
+for group in (None, part):
+    start = time.monotonic()
+    try:
+        gpudcp.async_save({"a": torch.ones(3)}, sys.argv[1] + "/checkpoint", process_group=group).result()
+    except gpudcp.errors.GpuDcpError as error:
+        assert "lost touch" in str(error), error
+    else:
+        raise AssertionError("nobody missed the other rank")
+    assert time.monotonic() - start < 10
+os._exit(0)
 """
     run(script, tmp_path, nranks=2)
 

@@ -255,7 +255,7 @@ def test_a_failure_nobody_has_heard_of_is_raised_by_the_next_save(
         gpudcp.async_save({"a": torch.ones(1)}, tmp_path / "file" / "below")
         with pytest.raises(TransferError, match="below"):
             next_call({"a": torch.ones(1)}, tmp_path / "checkpoint")
-    assert "a background save failed: TransferError" in caplog.text
+    assert "below: a background save failed: TransferError" in caplog.text
     gpudcp.save({"a": torch.ones(1)}, tmp_path / "checkpoint")
 
 

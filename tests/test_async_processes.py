@@ -1,4 +1,4 @@
-"""Background saves of several processes: writing processes, gpudcp's and torch's, on one rank and on two; lost ranks."""
+"""Background saves of several processes: writing processes, gpudcp's and torch's; one rank and two; lost ranks."""
 
 from __future__ import annotations
 

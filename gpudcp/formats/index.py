@@ -6,6 +6,7 @@ without it.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -144,13 +145,30 @@ def _decoded(data: bytes, path: str, nbytes: int, crc: int) -> ColumnMetadata | 
     }
     _check(columns, numbers, header, path)
     records = ItemRecords(
-        indices=_row_indices(columns),
+        indices=_RowIndices(columns),
         paths=header["paths"],
         dtypes=[_dtype(name) for name in header["dtypes"]],
         **numbers,
     )
     meta = StorageMeta(header["checkpoint_id"], header["save_id"], modules=header["modules"])
     return ColumnMetadata(columns, records, storage_meta=meta, version=header["version"])
+
+
+class _RowIndices(Indices):
+    """The MetadataIndex of each row of a checkpoint; worked out when somebody asks, as who reads by rows does not."""
+
+    def __init__(self, columns: CheckpointColumns) -> None:
+        object.__setattr__(self, "_columns", columns)
+
+    def __getattr__(self, name: str) -> Any:
+        """A field that is not filled yet."""
+        fields = [field.name for field in dataclasses.fields(Indices)]
+        if name not in fields:
+            raise AttributeError(name)
+        made = _row_indices(self._columns)
+        for field in fields:
+            object.__setattr__(self, field, getattr(made, field))
+        return getattr(made, name)
 
 
 def _row_indices(columns: CheckpointColumns) -> Indices:

@@ -98,13 +98,34 @@ def _joined(
     """Every pair of a chunk of ours and a saved one that overlap: our number, its row, the boxes of the read item."""
     order = items[np.argsort(every_entry[items], kind="stable")]
     tensors, firsts = np.unique(every_entry[order], return_index=True)
-    counts = checkpoint.first_rows[tensors + 1] - checkpoint.first_rows[tensors]
-    starts = np.concatenate([[0], np.cumsum(counts)])
-    rows = np.arange(starts[-1]) + np.repeat(checkpoint.first_rows[tensors] - starts[:-1], counts)
-    saved, own = saved_boxes[checkpoint.row_boxes[rows]], every_box[order]
+    own = every_box[order]
+    rows, starts = _rows_within_reach(checkpoint, saved_boxes, tensors, own, firsts)
+    saved = saved_boxes[checkpoint.row_boxes[rows]]
     found = overlaps_batch(starts, saved[:, 0], saved[:, 1], np.append(firsts, len(order)), own[:, 1], own[:, 2])
     boxes = np.stack([found.dest_offsets, found.storage_offsets, found.lengths], axis=1)
     return _Joined(order[found.local], rows[found.saved], boxes)
+
+
+def _rows_within_reach(
+    checkpoint: CheckpointColumns, saved_boxes: Int64, tensors: Int64, own: Int64, firsts: Int64
+) -> tuple[Int64, Int64]:
+    """The rows of these tensors that may overlap a chunk of ours, and where each tensor's begin among them.
+
+    A rank has few of a tensor's chunks: in each dimension, what lies before the first or behind the last one is out.
+    """
+    counts = checkpoint.first_rows[tensors + 1] - checkpoint.first_rows[tensors]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    rows = np.arange(starts[-1]) + np.repeat(checkpoint.first_rows[tensors] - starts[:-1], counts)
+    numbers = np.repeat(np.arange(len(tensors)), counts)
+    if len(tensors):
+        low = np.minimum.reduceat(own[:, 1], firsts)
+        high = np.maximum.reduceat(own[:, 1] + own[:, 2], firsts)
+        for dim in range(own.shape[2]):
+            boxes = checkpoint.row_boxes[rows]
+            begin, end = saved_boxes[:, 0, dim], saved_boxes[:, 0, dim] + saved_boxes[:, 1, dim]
+            kept = np.nonzero((begin[boxes] < high[numbers, dim]) & (end[boxes] > low[numbers, dim]))[0]
+            rows, numbers = rows[kept], numbers[kept]
+    return rows, np.searchsorted(numbers, np.arange(len(tensors) + 1))
 
 
 def _widened(boxes: Int64, ndim: int) -> Int64:

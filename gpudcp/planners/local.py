@@ -37,10 +37,12 @@ def flattened(
         nested: flatten those.
         sharded_tensors: undo FSDP's nesting of ShardedTensors.
     """
-    is_flat = all(type(value) in _LEAVES or not isinstance(value, _CONTAINERS) for value in state_dict.values())
-    if is_flat and all(type(key) is str for key in state_dict):
+    kinds = set(map(type, state_dict.values())) - _LEAVES
+    if set(map(type, state_dict)) <= {str} and not any(issubclass(kind, _CONTAINERS) for kind in kinds):
         flat = dict(state_dict)
-        paths: dict[str, Path] = {key: (key,) for key in state_dict} if nested else {}
+        paths: dict[str, Path] = dict(zip(state_dict, zip(state_dict, strict=True), strict=True)) if nested else {}
+        if not kinds:
+            return flat, paths
     elif nested:
         flat, paths = flatten_state_dict(dict(state_dict))
     else:
@@ -97,6 +99,7 @@ class LocalItemsMaker:
 
     def __init__(self, casts: CastRule | None) -> None:
         self._casts = casts
+        self._has_accelerator = False
         self._names = Names((), None)
         self._forget()
 
@@ -115,6 +118,8 @@ class LocalItemsMaker:
         """
         if max(len(self._table), len(self._specs)) > 4 * len(state_dict) + _FEW:
             self._forget()  # shapes, or meshes, that change with every save
+        # Without one, nothing is pinned, and each tensor need not be asked.
+        self._has_accelerator = torch.accelerator.is_available()
         names: list[str] = []
         name_ids: list[int] = []
         numbers: list[int] = []
@@ -170,7 +175,7 @@ class LocalItemsMaker:
         dtype = tensor.dtype
         if self._casts is not None:
             dtype = self._casts.dtype_for(fqn, dtype)
-        key = (tensor.shape, dtype, tensor.requires_grad, tensor.is_pinned())
+        key = (tensor.shape, dtype, tensor.requires_grad, self._has_accelerator and tensor.is_pinned())
         found = self._numbers.get(key)
         if found is None:
             size = tuple(tensor.shape)
@@ -194,7 +199,7 @@ class LocalItemsMaker:
         dtype = local.dtype
         if self._casts is not None:
             dtype = self._casts.dtype_for(fqn, dtype)
-        key = (id(spec), dtype, tensor.requires_grad, local.is_pinned())
+        key = (id(spec), dtype, tensor.requires_grad, self._has_accelerator and local.is_pinned())
         found = self._numbers.get(key)
         if found is None:
             properties = self._properties(fqn, local, dtype)

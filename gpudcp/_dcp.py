@@ -84,8 +84,9 @@ def local_box(tensor: DTensor) -> tuple[torch.Size, torch.Size] | None:
 def dtensor_parts(tensor: DTensor) -> tuple[torch.Tensor, Any]:
     """This rank's local tensor, and the spec, without the autograd function that ``to_local`` is."""
     local = tensor._local_tensor
-    # Of an asynchronous redistribution: the result, which it has memory for from the start.
-    return (local.wait() if isinstance(local, AsyncCollectiveTensor) else local), tensor._spec
+    if type(local) is not torch.Tensor and isinstance(local, AsyncCollectiveTensor):
+        local = local.wait()  # the result, which it has memory for from the start
+    return local, tensor._spec
 
 
 def dtensor_with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:

@@ -21,7 +21,7 @@ from bench.results import Suite
 from gpudcp.files.tune import file_system_type, supports_direct_io
 
 ROOT = Path(__file__).parents[1]
-SUITES = ("small-tensors", "llm", "slices", "memory", "joins", "planning", "verify", "async")
+SUITES = ("small-tensors", "llm", "slices", "memory", "joins", "planning", "planning-ranks", "verify", "async")
 
 
 @pytest.fixture(scope="module")

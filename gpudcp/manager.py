@@ -111,6 +111,8 @@ class CheckpointManager:
     def remove(self, step: int) -> None:
         """Remove a step: one that a run has left behind by going back to an earlier one, say. All ranks call this.
 
+        Of a step that is a link only the link goes: what it leads to is somebody's own.
+
         Raises:
             CheckpointNotFoundError: there is no such step.
             GpuDcpError: it cannot be removed.
@@ -119,7 +121,10 @@ class CheckpointManager:
         def act(_: Any) -> None:
             if (path := self._found().get(step)) is None:
                 raise CheckpointNotFoundError(f"{self.root}: no step {step}")
-            remove_checkpoint(path, fsync=self.options.fsync)
+            if os.path.islink(path):
+                os.unlink(path)
+            else:
+                remove_checkpoint(path, fsync=self.options.fsync)
 
         self._settle()
         self._ranks().reduce_broadcast("remove", list, act)

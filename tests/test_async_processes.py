@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -155,22 +153,6 @@ if __name__ == "__main__":
     main()
 """
     run(script, tmp_path)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs with room for one checkpoint, not for two."""
-    at = tmp_path / "disk"
-    at.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "none", at], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "-l", at], check=True)
 
 
 def test_a_disk_that_is_full_is_an_error_of_the_writing_process_and_leaves_the_old_checkpoint(small_disk: Path) -> None:

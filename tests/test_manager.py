@@ -265,6 +265,9 @@ def test_what_a_link_leads_to_stays(tmp_path: Path) -> None:
     manager.save(2, state(2))
     assert restored(base) == (1, 1.0)
     assert gpudcp.verify(tmp_path / "run" / "step-000000001").ok
+    manager.remove(1)
+    assert manager.steps() == [2]
+    assert restored(base) == (1, 1.0)
 
 
 def test_a_step_that_is_being_written_is_not_removed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

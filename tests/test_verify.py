@@ -29,6 +29,7 @@ from gpudcp import Options, VerifyReport
 from gpudcp.errors import CheckpointBusyError, CheckpointNotFoundError, GpuDcpError
 from gpudcp.formats.index import index_columns
 from gpudcp.names import Names
+from gpudcp.records import ItemRecords
 from gpudcp.verification.claims import claims_of
 from gpudcp.verification.indexes import is_written_of, read_index
 from gpudcp.views import ColumnMetadata
@@ -513,16 +514,22 @@ def test_a_stale_index_is_mentioned_and_is_no_problem(tmp_path: Path, own: Path)
     assert report.stale == (".metadata.index",)
 
 
+def saved_with_index(own: Path) -> tuple[Path, ColumnMetadata, ItemRecords, tuple[int, int]]:
+    """A save's index: its path, what it says, of its rows too, and the length and CRC-32 that bind it."""
+    gpudcp.save(state_of(), own)
+    path = own / ".metadata.index"
+    indexed, identity = read_index(path.read_bytes(), path=str(path))
+    assert indexed.row_records is not None
+    return path, indexed, indexed.row_records, identity
+
+
 @pytest.mark.usefixtures("with_index")
 def test_an_index_that_says_something_else_than_its_metadata_is_found(own: Path) -> None:
     """Sound in itself, and bound to this very metadata."""
-    gpudcp.save(state_of(), own)
-    path = own / ".metadata.index"
-    indexed, (nbytes, crc) = read_index(path.read_bytes(), path=str(path))
-    assert indexed.row_records is not None
-    row = [index.fqn for index in indexed.row_records.indices].index("large")
-    indexed.row_records.crcs[row] ^= 1
-    changed = index_columns(indexed, indexed.row_records)
+    path, indexed, records, (nbytes, crc) = saved_with_index(own)
+    row = [index.fqn for index in records.indices].index("large")
+    records.crcs[row] ^= 1
+    changed = index_columns(indexed, records)
     assert changed is not None
     path.write_bytes(changed.encoded(nbytes=nbytes, crc=crc))
     (problem,) = gpudcp.verify(own).problems
@@ -587,19 +594,16 @@ def test_metadata_that_says_the_same_in_other_bytes_is_compared_with_its_index(o
 @pytest.mark.usefixtures("with_index")
 def test_an_index_with_paths_of_anything_is_compared_with_its_metadata(own: Path) -> None:
     """JSON holds lists where keys are expected: they are hashed by nobody."""
-    gpudcp.save(state_of(), own)
-    path = own / ".metadata.index"
-    indexed, (nbytes, crc) = read_index(path.read_bytes(), path=str(path))
-    assert indexed.row_records is not None
+    path, indexed, records, (nbytes, crc) = saved_with_index(own)
     odd: Any = {"weight": ([1], {"a": None}, 2.5)}
     names = Names(indexed.columns.names.fqns, {**(indexed.columns.names.paths or {}), **odd})
     odd_metadata = ColumnMetadata(
         dataclasses.replace(indexed.columns, names=names),
-        indexed.row_records,
+        records,
         storage_meta=indexed.storage_meta,
         version=indexed.version,
     )
-    columns = index_columns(odd_metadata, indexed.row_records)
+    columns = index_columns(odd_metadata, records)
     assert columns is not None
     path.write_bytes(columns.encoded(nbytes=nbytes, crc=crc))
     (problem,) = gpudcp.verify(own).problems

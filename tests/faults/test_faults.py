@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -100,22 +98,6 @@ def test_old_files_that_cannot_be_removed_go_with_the_next_save(directory: Path)
     save(1, directory)
     assert number_in(directory) == 1
     assert len([name for name in names(directory) if name.endswith(".distcp")]) == len(names(directory)) - 1
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs of 192 KiB: room for one checkpoint, not for two."""
-    at = tmp_path / "disk"
-    at.mkdir()
-    if shutil.which("mount") is None or os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "none", at], capture_output=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {done.stderr.decode().strip()}")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", "-l", at], check=True)
 
 
 def test_a_disk_that_is_full_leaves_the_old_checkpoint(small_disk: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,10 +140,10 @@ def async_save(
     planner = planner or DefaultSavePlanner()
     is_alone = _is_alone(no_dist)
     group = None if is_alone else group_for_background(process_group)
-    taken: list[tuple[StorageWriter, Snapshot]] = []
+    taken: list[tuple[StorageWriter, Snapshot, WriterProcess | None]] = []
     failed: list[BaseException] = []
 
-    def snapshot() -> tuple[StorageWriter, Snapshot]:
+    def snapshot() -> tuple[StorageWriter, Snapshot, WriterProcess | None]:
         if failed:
             raise failed[0]
         return taken[0]
@@ -150,17 +151,14 @@ def async_save(
     def act() -> Metadata:
         ranks = Ranks(group, no_dist=is_alone)
         # A rank that has nothing to save must not leave the others waiting for it.
-        writer, values = ranks.vote("snapshot", snapshot)
+        writer, values, process = ranks.vote("snapshot", snapshot)
 
         def state() -> dict[str, Any]:
             values.finish()
             return values.state_dict
 
-        try:
+        with writer.beside_training(process) if isinstance(writer, GpuStorageWriter) else nullcontext():
             return run_save(state, lambda: writer, planner, ranks, use_collectives=use_collectives)
-        finally:
-            if isinstance(writer, GpuStorageWriter):
-                writer.writer_process = None  # for this save only
 
     with _background.calls:
         try:
@@ -169,7 +167,8 @@ def async_save(
             if isinstance(writer, GpuStorageWriter):
                 writer.path = os.path.abspath(writer.path)  # wherever the process is by then
             is_by_process = _is_by_process(writer, async_checkpointer_type)
-            taken.append((writer, _staged(state_dict, planner, async_stager, is_shared=is_by_process)))
+            values = _staged(state_dict, planner, async_stager, is_shared=is_by_process)
+            taken.append((writer, values, _writer_process if is_by_process else None))
         except BaseException as error:
             failed.append(error)
         place = getattr(taken[0][0], "checkpoint_id", None) if taken else checkpoint_id
@@ -198,7 +197,7 @@ os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _is_by_process(writer: StorageWriter, asked: AsyncCheckpointerType | None) -> bool:
-    """Whether a process writes; our writer is told so."""
+    """Whether a process is to write."""
     if not isinstance(writer, GpuStorageWriter):
         if asked is AsyncCheckpointerType.PROCESS:
             raise BackendUnavailableError(
@@ -206,9 +205,7 @@ def _is_by_process(writer: StorageWriter, asked: AsyncCheckpointerType | None) -
                 "use AsyncCheckpointerType.THREAD, or dcp.async_save"
             )
         return False
-    is_asked = asked is AsyncCheckpointerType.PROCESS or (asked is None and writer.options.async_mode == "process")
-    writer.writer_process = _writer_process if is_asked else None
-    return is_asked
+    return asked is AsyncCheckpointerType.PROCESS or (asked is None and writer.options.async_mode == "process")
 
 
 _METHODS = (

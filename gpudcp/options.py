@@ -41,7 +41,8 @@ class Options:
     lanes: int = 4
     """Slabs in the ring: one being packed or unpacked, the others on their way."""
     threads: int | None = None
-    """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2."""
+    """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2; in the
+    background no more than leave one of this rank's cores to training."""
     direct_io: DirectIO = "auto"
     """O_DIRECT for writes: ``auto`` decides by file-system type, ``on`` raises where it is not possible. Reads of a
     GPU's tensors are direct where that was measured to be faster, and with ``off`` never."""
@@ -91,6 +92,11 @@ def ranks_of_this_node() -> int:
     """How many ranks share this machine, as torchrun says; 1 where nobody says."""
     given = os.environ.get("LOCAL_WORLD_SIZE", "")
     return int(given) if given.isdecimal() and int(given) > 0 else 1
+
+
+def cores_of_this_rank() -> int:
+    """Its share of the cores that this process may run on."""
+    return max(1, len(os.sched_getaffinity(0)) // ranks_of_this_node())
 
 
 def world_size_of_launcher() -> int:

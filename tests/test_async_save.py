@@ -21,6 +21,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 import gpudcp
 from gpudcp import GpuStorageWriter, api
 from gpudcp.errors import BackendUnavailableError, PlanError, TransferError
+from gpudcp.executors.select import select
+from gpudcp.storage import writer as writer_module
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +55,13 @@ def state() -> dict[str, Any]:
         "empty": torch.empty(0, 3),
         "sparse": torch.eye(3).to_sparse(),
     }
+
+
+class Unwilling:
+    """What no snapshot can be taken of."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise ValueError("not to be copied")
 
 
 def loaded(directory: Path) -> dict[str, Any]:
@@ -153,6 +162,28 @@ def test_only_our_writer_saves_by_a_process(tmp_path: Path) -> None:
     found = {"a": torch.zeros(3)}
     dcp.load(found, checkpoint_id=tmp_path)
     assert torch.equal(found["a"], torch.ones(3))
+
+
+def test_a_writer_saves_beside_training_only_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What async_save makes of a writer ends with its save, and does not begin where no snapshot could be taken."""
+    seen: list[bool] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs["is_beside_training"])
+        return select(*args, **kwargs)
+
+    monkeypatch.setattr(writer_module, "select", noted)
+    writer = GpuStorageWriter(tmp_path, options=gpudcp.Options(async_mode="process"))
+    with pytest.raises(ValueError, match="not to be copied"):
+        gpudcp.async_save({"object": Unwilling()}, storage_writer=writer)
+    gpudcp.save({"x": torch.ones(2)}, storage_writer=writer)
+    assert writer.report is not None
+    assert writer.report.executor == "cpu"
+    gpudcp.async_save({"x": torch.ones(2)}, storage_writer=writer).result()
+    assert writer.report.executor != "cpu"
+    gpudcp.save({"x": torch.ones(2)}, storage_writer=writer)
+    assert writer.report.executor == "cpu"
+    assert seen == [False, True, False]
 
 
 def test_stock_torch_reads_it(tmp_path: Path) -> None:
@@ -274,10 +305,6 @@ def test_a_failure_that_was_heard_is_not_raised_again(tmp_path: Path, ask: str) 
 
 def test_a_snapshot_that_cannot_be_taken_is_raised_at_once(tmp_path: Path) -> None:
     """By the call itself, and once."""
-
-    class Unwilling:
-        def __deepcopy__(self, memo: Any) -> Any:
-            raise ValueError("not to be copied")
 
     with pytest.raises(ValueError, match="not to be copied"):
         gpudcp.async_save({"object": Unwilling()}, tmp_path)

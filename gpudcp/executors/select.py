@@ -16,7 +16,7 @@ from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.ways import choose_files, figures_name
 from gpudcp.files.figures import KVIKIO_WAYS, Direction, Way
 from gpudcp.files.ways import described
-from gpudcp.options import SLAB_ALIGNMENT_NBYTES, Options, c_compiler, ranks_of_this_node
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES, Options, c_compiler, cores_of_this_rank, ranks_of_this_node
 
 HOST_SLAB_NBYTES = 4 << 20
 DEVICE_SLAB_NBYTES = 32 << 20
@@ -47,7 +47,12 @@ class Selection(NamedTuple):
 
 
 def select(
-    options: Options, directory: str, *, direction: Direction, devices: Callable[[], Collection[torch.device] | None]
+    options: Options,
+    directory: str,
+    *,
+    direction: Direction,
+    devices: Callable[[], Collection[torch.device] | None],
+    is_beside_training: bool = False,
 ) -> Selection:
     """The executor and the way to the files of a transfer.
 
@@ -56,6 +61,7 @@ def select(
         directory: where the files are.
         direction: "write" for a save.
         devices: gives those of the tensors that move; None: they are not known.
+        is_beside_training: whether this rank computes meanwhile.
 
     Raises:
         BackendUnavailableError: the options ask by name for what is not available.
@@ -63,7 +69,7 @@ def select(
     device, reason = _choose_device(options, devices)
     on_gpu = None if device is None or device.type == "cpu" else device
     choice = choose_files(options, directory, direction, on_gpu)
-    threads = options.threads or _shared(choice.threads) or THREADS
+    threads = options.threads or _default_threads(choice.threads, is_beside_training=is_beside_training)
     slab_nbytes = options.slab_nbytes or _slab_nbytes(device, choice.request_nbytes)
     executor: Executor = CpuExecutor(
         lanes=options.lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=options.checksum
@@ -175,6 +181,7 @@ def _slab_nbytes(device: torch.device | None, request_nbytes: int | None) -> int
     return min(max(request_nbytes, _LEAST_HOST_SLAB_NBYTES), DEVICE_SLAB_NBYTES)
 
 
-def _shared(threads: int | None) -> int | None:
-    """One rank's share of the threads that are best for its node."""
-    return None if threads is None else max(1, threads // ranks_of_this_node())
+def _default_threads(best: int | None, *, is_beside_training: bool) -> int:
+    """One rank's share of the threads that are best for its node; beside training one core stays free of them."""
+    threads = THREADS if best is None else max(1, best // ranks_of_this_node())
+    return min(threads, max(1, cores_of_this_rank() - 1)) if is_beside_training else threads

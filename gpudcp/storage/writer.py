@@ -6,9 +6,9 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import MappingProxyType
 from typing import Any
 
@@ -98,14 +98,24 @@ class GpuStorageWriter(StorageWriter):
         self._last_save_id = ""
         self._written: list[str] = []
         self._lock: DirectoryLock | None = None
-        self.writer_process: WriterProcess | None = None
-        """Writes in place of this process; `gpudcp.async_save` sets it where it was told so."""
+        self._writer_process: WriterProcess | None = None
+        self._is_beside_training = False
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Point the writer at another directory; without one nothing changes."""
         self._check_idle()
         if checkpoint_id:
             self.path = directory_of(checkpoint_id)
+
+    @contextmanager
+    def beside_training(self, process: WriterProcess | None) -> Iterator[None]:
+        """Saves in this context share the cores with training; ``process``, if one is given, writes in place of this
+        one."""
+        self._writer_process, self._is_beside_training = process, True
+        try:
+            yield
+        finally:
+            self._writer_process, self._is_beside_training = None, False
 
     def _check_idle(self) -> None:
         if self._lock is not None and self._lock.is_of_another_thread:
@@ -180,13 +190,19 @@ class GpuStorageWriter(StorageWriter):
             literals = literal_data(items, planner, self.options)
         with stopwatch.phase("plan"):
             source = PlannerSource(items, planner)
-            selection = select(self.options, self.path, direction="write", devices=source.devices)
+            selection = select(
+                self.options,
+                self.path,
+                direction="write",
+                devices=source.devices,
+                is_beside_training=self._is_beside_training,
+            )
             # Writes through the page cache to one file wait for each other, so every thread gets a file of its own.
             nfiles = max(1, min(selection.threads, self.options.lanes // 2)) if selection.way == "buffered" else 1
             names = self._unused_names(plan.storage_data, nfiles)
             executor = selection.executor
-            if self.writer_process is not None:
-                executor = self._remote(self.writer_process, selection)
+            if self._writer_process is not None:
+                executor = self._remote(self._writer_process, selection)
             chunk_plan = plan_save(items, literals, paths=names, slab_nbytes=executor.slab_nbytes)
 
         def open_file(file: SaveFilePlan) -> FileWriter:
@@ -345,7 +361,7 @@ class GpuStorageWriter(StorageWriter):
         return is_directory_id(checkpoint_id)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_lock": None, "writer_process": None}
+        return {**self.__dict__, "_lock": None, "_writer_process": None, "_is_beside_training": False}
 
 
 def _records(items: Sequence[WriteItem], plan: SaveChunkPlan, receipts: list[FileReceipt]) -> ItemRecords:

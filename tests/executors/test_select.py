@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -131,6 +132,25 @@ def test_a_host_slab_is_the_request_that_was_measured_best(
     assert (found.executor.slab_nbytes, found.threads) == (expected, 4)
     assert selected(Options(executor="interpret"), tmp_path).executor.slab_nbytes == 32 << 20
     assert selected(Options(slab_nbytes=8192), tmp_path).executor.slab_nbytes == 8192
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(2, "1", 1), (8, "1", 2), (8, "4", 1), (1, "1", 1)])
+def test_a_core_is_left_to_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cores: int, ranks: str, threads: int
+) -> None:
+    """Beside training a rank's threads leave one of its cores free, unless somebody says how many there are to be."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+
+    def found(options: Options, *, is_beside_training: bool) -> int:
+        path = str(tmp_path)
+        return select(
+            options, path, direction="write", devices=lambda: CPU, is_beside_training=is_beside_training
+        ).threads
+
+    assert found(Options(), is_beside_training=True) == threads
+    assert found(Options(), is_beside_training=False) == 2
+    assert found(Options(threads=3), is_beside_training=True) == 3
 
 
 def test_the_options_of_the_ring_reach_the_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

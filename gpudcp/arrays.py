@@ -20,35 +20,85 @@ NONE = -1
 """In a column of numbers: there is none."""
 
 
-PackedArray = tuple[str, tuple[int, ...], bytes]
+PackedArray = tuple[str, tuple[int, ...], bytes | int]
+"""Type of the elements in the bytes, shape, and the bytes, which may be compressed; or what every element is."""
 
+PackedRuns = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of runs of numbers: what each begins with; where each begins, and the last one ends."""
+
+_MOST_RUNS = 16
 _COMPRESSED_NBYTES = 1 << 10
 """From here on, zlib takes less time than it takes to set it up."""
 
 
 def narrowed(array: Column) -> Column:
     """The same integers in the narrowest signed type that holds them all."""
+    return array.astype(_narrowest(*_range(array)))
+
+
+def _range(array: Column) -> tuple[int, int]:
     # The ufuncs themselves, as most arrays are so small that the methods around them cost more.
-    low, high = (int(np.minimum.reduce(array, None)), int(np.maximum.reduce(array, None))) if array.size else (0, 0)
+    return (int(np.minimum.reduce(array, None)), int(np.maximum.reduce(array, None))) if array.size else (0, 0)
+
+
+def _narrowest(low: int, high: int) -> str:
     bits = max(low if low >= 0 else ~low, high if high >= 0 else ~high).bit_length() + 1
-    return array.astype("<i1" if bits <= 8 else "<i2" if bits <= 16 else "<i4" if bits <= 32 else "<i8")
+    return "<i1" if bits <= 8 else "<i2" if bits <= 16 else "<i4" if bits <= 32 else "<i8"
 
 
 def pack_array(array: Column) -> PackedArray:
     """An array of integers in few bytes: the narrowest type that holds them, compressed where that is shorter."""
-    narrow = narrowed(array)
-    data = narrow.tobytes()
+    low, high = _range(array)
+    narrow = _narrowest(low, high)
+    if low == high:
+        return narrow, array.shape, low
+    data = array.astype(narrow).tobytes()
     if len(data) >= _COMPRESSED_NBYTES:
         data = min(data, zlib.compress(data, 1), key=len)
-    return narrow.dtype.str, array.shape, data
+    return narrow, array.shape, data
 
 
 def unpack_array(packed: PackedArray, dtype: type[Any]) -> Column:
     """The array, with elements of ``dtype``."""
     narrow, shape, data = packed
+    if isinstance(data, int):
+        return np.full(shape, data, dtype=dtype)
     if len(data) < math.prod(shape) * int(narrow[2:]):
         data = zlib.decompress(data)
     return np.frombuffer(data, dtype=narrow).reshape(shape).astype(dtype)
+
+
+def pack_ids(ids: Int32) -> PackedArray | PackedRuns:
+    """Numbers most of which are one more than the one before: where runs of such begin, with what, and where they end."""
+    breaks = np.nonzero(ids[1:] - ids[:-1] != 1)[0]
+    if not len(ids) or len(breaks) > _MOST_RUNS:
+        return pack_array(ids)
+    firsts = [0, *(breaks + 1).tolist()]
+    return tuple(ids[firsts].tolist()), (*firsts, len(ids))
+
+
+def unpack_ids(packed: PackedArray | PackedRuns) -> Int32:
+    """What `pack_ids` was given."""
+    if len(packed) == 3:
+        return unpack_array(packed, np.int32)
+    values, bounds = packed
+    runs = [
+        np.arange(value, value + end - first) for value, first, end in zip(values, bounds, bounds[1:], strict=False)
+    ]
+    return np.concatenate(runs).astype(np.int32)
+
+
+def stable_order(keys: Column) -> Int64:
+    """What ``np.argsort(keys, kind="stable")`` gives, of keys that are not negative.
+
+    Each key and its place are sorted as one number where 63 bits hold both: NumPy sorts numbers faster than places.
+    """
+    bits = len(keys).bit_length()
+    if int(keys.max(initial=0)) >> (63 - bits):
+        return np.argsort(keys, kind="stable")
+    packed = (keys.astype(np.int64) << bits) | np.arange(len(keys))
+    packed.sort()
+    return packed & ((1 << bits) - 1)
 
 
 def distinct_numbers(numbers: Column) -> tuple[Int64, Int64]:

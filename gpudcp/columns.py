@@ -6,7 +6,9 @@ Tables pad boxes to the most dimensions that one of them has: offsets with 0, si
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass, field
+from functools import lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -14,7 +16,18 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from gpudcp.arrays import NONE, Column, Int32, Int64, PackedArray, pack_array, unpack_array
+from gpudcp.arrays import (
+    NONE,
+    Column,
+    Int32,
+    Int64,
+    PackedArray,
+    PackedRuns,
+    pack_array,
+    pack_ids,
+    unpack_array,
+    unpack_ids,
+)
 from gpudcp.names import Names
 from gpudcp.records import Indices
 
@@ -47,6 +60,8 @@ class Templates:
     heads: Int32
     boxes: Int64
     properties: tuple[TensorProperties, ...]
+    packed: bytes | None = field(default=None, repr=False, compare=False)
+    """All of it, from the first time on that it travelled: what a coordinator gets it sends back."""
 
     @property
     def kinds(self) -> Int32:
@@ -74,11 +89,24 @@ class Templates:
         return nbytes
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpacked_templates, (pack_array(self.heads), pack_array(self.boxes), self.properties)
+        if self.packed is None:
+            parts = pack_array(self.heads), pack_array(self.boxes), pickle.dumps(self.properties)
+            object.__setattr__(self, "packed", pickle.dumps(parts))
+        return _unpacked_templates, (self.packed,)
 
 
-def _unpacked_templates(heads: PackedArray, boxes: PackedArray, properties: tuple[TensorProperties, ...]) -> Templates:
-    return Templates(unpack_array(heads, np.int32), unpack_array(boxes, np.int64), properties)
+def _unpacked_templates(packed: bytes) -> Templates:
+    heads, boxes, properties = pickle.loads(packed)
+    return Templates(
+        unpack_array(heads, np.int32), unpack_array(boxes, np.int64), _known_properties(properties), packed
+    )
+
+
+@lru_cache(maxsize=64)
+def _known_properties(packed: bytes) -> tuple[TensorProperties, ...]:
+    """Unpickled once, as the tensors of all ranks mostly have the same ones."""
+    properties: tuple[TensorProperties, ...] = pickle.loads(packed)
+    return properties
 
 
 Sizes = tuple[int, ...]
@@ -162,7 +190,7 @@ class SaveColumns:
     def __reduce__(self) -> tuple[Any, ...]:
         in_order = len(self.names) == len(self) and bool((self.name_ids == np.arange(len(self))).all())
         packed = (
-            None if in_order else pack_array(self.name_ids),
+            None if in_order else pack_ids(self.name_ids),
             pack_array(self.template_ids),
             None if self.hints is None else pack_array(self.hints),
         )
@@ -170,12 +198,14 @@ class SaveColumns:
 
 
 def _unpacked_columns(
-    names: Names, packed: tuple[PackedArray | None, PackedArray, PackedArray | None], templates: Templates
+    names: Names,
+    packed: tuple[PackedArray | PackedRuns | None, PackedArray, PackedArray | None],
+    templates: Templates,
 ) -> SaveColumns:
     name_ids, template_ids, hints = packed
     return SaveColumns(
         names=names,
-        name_ids=np.arange(len(names), dtype=np.int32) if name_ids is None else unpack_array(name_ids, np.int32),
+        name_ids=np.arange(len(names), dtype=np.int32) if name_ids is None else unpack_ids(name_ids),
         template_ids=unpack_array(template_ids, np.int32),
         templates=templates,
         hints=None if hints is None else unpack_array(hints, np.int32),

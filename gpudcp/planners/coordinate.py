@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.metadata import TensorProperties
 
-from gpudcp.arrays import NONE, Int32, Int64, Path, distinct_numbers, distinct_rows
+from gpudcp.arrays import NONE, Int32, Int64, Path, distinct_rows, stable_order
 from gpudcp.columns import OBJECT, SHARD, CheckpointColumns, SaveColumns, Templates, properties_key
 from gpudcp.errors import PlanError
 from gpudcp.formats.dtypes import QUANTIZED_DTYPES
@@ -137,36 +137,39 @@ def _without_replicas(items: _Items, *, split_replicas: bool, to_lowest_rank: bo
     offsets[templates.kinds == OBJECT] = NONE
     _, offset_ids = distinct_rows(offsets)
     keys = items.name_ids.astype(np.int64) * (int(offset_ids.max()) + 1) + offset_ids[items.template_ids]
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    is_first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
-    starts = np.nonzero(is_first)[0]
-    counts = np.diff(np.append(starts, len(order)))
-    if len(starts) == len(order):
+    order, is_first = _groups_of_several(keys)
+    if not len(order):
         return kept, items.template_ids
     _check_alike(items, order, is_first)
-
-    replicated = np.nonzero(counts > 1)[0]
     if to_lowest_rank:
         kept[order[~is_first]] = False
         return kept, items.template_ids
-    ranks = items.ranks()
+
+    starts = np.nonzero(is_first)[0]
     nbytes = templates.nbytes()[items.template_ids]
-    first_items = order[starts[replicated]]
     replicas = Replicas(
         order=order,
-        starts=starts[replicated],
-        counts=counts[replicated],
-        ranks=ranks,
-        nbytes=np.maximum(nbytes[first_items], 1),  # of an object nothing is known: 1, as torch has it
-        nrows=_rows_to_split(templates, items.template_ids[first_items]) if split_replicas else None,
+        starts=starts,
+        counts=np.diff(np.append(starts, len(order))),
+        ranks=items.ranks(),
+        nbytes=np.maximum(nbytes[order[starts]], 1),  # of an object nothing is known: 1, as torch has it
+        nrows=_rows_to_split(templates, items.template_ids[order[starts]]) if split_replicas else None,
     )
-    alone = order[starts[counts == 1]]
-    loads = np.bincount(ranks[alone], weights=nbytes[alone], minlength=len(items.plans)).astype(np.float64)
-    assigned = assign(replicas, loads)
-    kept[order[np.repeat(counts > 1, counts)]] = False
+    kept[order] = False
+    nbytes[order] = 0
+    running = np.concatenate([[0], np.cumsum(nbytes)])
+    assigned = assign(replicas, np.diff(running[items.starts]).astype(np.float64))
     kept[assigned.items] = True
     return kept, _with_pieces(items, assigned.items, assigned.first_rows, assigned.nrows)
+
+
+def _groups_of_several(keys: Int64) -> tuple[Int64, NDArray[np.bool_]]:
+    """The items of those keys that more than one has, key after key, in order; and which are the first of theirs."""
+    order = stable_order(keys)
+    ordered = keys[order]
+    is_repeated = np.concatenate([[False], ordered[1:] == ordered[:-1]])
+    of_several = np.nonzero(is_repeated | np.append(is_repeated[1:], False))[0]
+    return order[of_several], ~is_repeated[of_several]
 
 
 def _check_alike(items: _Items, order: Int64, is_first: NDArray[np.bool_]) -> None:
@@ -225,15 +228,16 @@ def _global_plan(items: _Items, kept: NDArray[np.bool_], template_ids: Int32, *,
     templates = items.templates
     chosen_templates = template_ids[chosen]
     # Entries by name, in the order of the names; of each, its chunks in the order of the ranks.
-    order = np.argsort(items.name_ids[chosen], kind="stable")
+    order = stable_order(items.name_ids[chosen])
     rows = chosen[order]
     row_templates = template_ids[rows]
     row_names = items.name_ids[rows]
     first_rows = np.append(np.nonzero(np.diff(row_names, prepend=NONE))[0], len(rows))
     entry_names = row_names[first_rows[:-1]]
     hints = np.empty(len(chosen), dtype=np.int32)
-    hints[order] = np.arange(len(rows)) - np.repeat(first_rows[:-1], np.diff(first_rows))
-    hints[templates.kinds[chosen_templates] == OBJECT] = NONE
+    starts = np.repeat(first_rows[:-1].astype(np.int32), np.diff(first_rows))
+    hints[order] = np.arange(len(rows), dtype=np.int32) - starts
+    hints[(templates.kinds == OBJECT)[chosen_templates]] = NONE
 
     firsts = row_templates[first_rows[:-1]]
     _check_entries(items, rows, row_templates, first_rows)
@@ -248,7 +252,7 @@ def _global_plan(items: _Items, kept: NDArray[np.bool_], template_ids: Int32, *,
         ndims=np.where(is_object, 0, templates.ndims[firsts]).astype(np.int32),
         sizes=templates.boxes[firsts, 0],
         boxes=distinct,
-        row_boxes=row_boxes.astype(np.int32),
+        row_boxes=row_boxes,
     )
     check_chunks(checkpoint, must_cover=len(items.plans) > 1)
     return GlobalPlan(list(_plans(items, chosen, chosen_templates, hints)), checkpoint)
@@ -261,11 +265,13 @@ def _merged_paths(items: _Items) -> dict[str, Path]:
     return merged
 
 
-def _distinct_boxes(templates: Templates, row_templates: Int32) -> tuple[Int64, Int64]:
-    used, inverse = distinct_numbers(row_templates)
+def _distinct_boxes(templates: Templates, row_templates: Int32) -> tuple[Int64, Int32]:
+    used = np.nonzero(np.bincount(row_templates))[0]
     boxes = templates.boxes[used, 1:]
     first, numbers = distinct_rows(boxes.reshape((len(used), 2 * boxes.shape[2])))
-    return boxes[first], numbers[inverse]
+    places = np.zeros(len(templates), dtype=np.int32)
+    places[used] = numbers
+    return boxes[first], places[row_templates]
 
 
 def _check_entries(items: _Items, rows: Int64, row_templates: Int32, first_rows: Int64) -> None:
@@ -276,17 +282,19 @@ def _check_entries(items: _Items, rows: Int64, row_templates: Int32, first_rows:
     """
     templates = items.templates
     counts = np.diff(first_rows)
-    firsts = np.repeat(first_rows[:-1], counts)
-    if len(firsts) == len(counts):  # one chunk each
+    if len(rows) == len(counts):  # one chunk each
         return
     columns = [_dtype_ids(templates)[:, None]]
     columns += [templates.ndims[:, None].astype(np.int64), templates.boxes[:, 0]]
     _, tensors = distinct_rows(np.concatenate(columns, axis=1))
-    found = tensors[row_templates]
-    is_alone = (templates.kinds[row_templates] != SHARD) & (np.repeat(counts, counts) > 1)
-    if len(wrong := np.nonzero((found != found[firsts]) | is_alone)[0]):
+    found = tensors.astype(np.int32)[row_templates]
+    is_wrong = found != np.repeat(found[first_rows[:-1]], counts)
+    whole = np.nonzero((templates.kinds != SHARD)[row_templates])[0]
+    is_wrong[whole] |= counts[np.searchsorted(first_rows, whole, side="right") - 1] > 1
+    if len(wrong := np.nonzero(is_wrong)[0]):
         row = int(wrong[0])
-        other = int(firsts[row]) if firsts[row] != row else row + 1
+        first = int(first_rows[np.searchsorted(first_rows, row, side="right") - 1])
+        other = first if first != row else row + 1
         one, two = sorted((int(rows[other]), int(rows[row])))
         raise PlanError(
             f"{items.fqn(one)}: two write items that are not shards of one tensor: {items.describe(one)}; "

@@ -127,12 +127,12 @@ def _records(columns: SaveColumns, rank: int) -> ItemRecords:
     return ItemRecords(
         indices=columns.indices(),
         paths=[_file_of(rank)],
-        path_ids=np.zeros(len(columns), dtype=np.int64),
+        path_ids=np.zeros(len(columns), dtype=np.int32),
         byte_offsets=starts,
         nbytes=nbytes,
         payload_offsets=np.where(is_object, -1, starts + 600),
         dtypes=[torch.bfloat16],
-        dtype_ids=np.where(is_object, -1, 0),
+        dtype_ids=np.where(is_object, -1, 0).astype(np.int32),
         crcs=crcs,
     )
 

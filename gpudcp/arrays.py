@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ NONE = -1
 PackedArray = tuple[str, tuple[int, ...], bytes | int]
 """Type of the elements in the bytes, shape, and the bytes, which may be compressed; or what every element is."""
 
+PackedTable = tuple[str, list[int], bytes]
+"""Type of the numbers in the bytes, and what is added to those of each column."""
 PackedRuns = tuple[tuple[int, ...], tuple[int, ...]]
 """Of runs of numbers: what each begins with; where each begins, and the last one ends."""
 
@@ -32,7 +35,7 @@ _COMPRESSED_NBYTES = 1 << 10
 
 
 def narrowed(array: Column) -> Column:
-    """The same integers in the narrowest signed type that holds them all."""
+    """The same integers in the narrowest type that holds them all."""
     return array.astype(_narrowest(*_range(array)))
 
 
@@ -42,8 +45,9 @@ def _range(array: Column) -> tuple[int, int]:
 
 
 def _narrowest(low: int, high: int) -> str:
-    bits = max(low if low >= 0 else ~low, high if high >= 0 else ~high).bit_length() + 1
-    return "<i1" if bits <= 8 else "<i2" if bits <= 16 else "<i4" if bits <= 32 else "<i8"
+    is_signed = low < 0
+    bits = max(low if low >= 0 else ~low, high if high >= 0 else ~high).bit_length() + is_signed
+    return ("<i" if is_signed else "<u") + ("1" if bits <= 8 else "2" if bits <= 16 else "4" if bits <= 32 else "8")
 
 
 def pack_array(array: Column) -> PackedArray:
@@ -68,8 +72,25 @@ def unpack_array(packed: PackedArray, dtype: type[Any]) -> Column:
     return np.frombuffer(data, dtype=narrow).reshape(shape).astype(dtype)
 
 
+def pack_table(columns: Sequence[Column]) -> PackedTable:
+    """Columns of one length, as one array, which is unpacked at once: each counts from its least number on."""
+    table = np.stack(columns, dtype=np.int64)
+    lows = table.min(axis=1, initial=0) if table.size == 0 else table.min(axis=1)
+    table -= lows[:, None]
+    narrow = _narrowest(0, int(table.max(initial=0)))
+    return narrow, lows.tolist(), table.astype(narrow).tobytes()
+
+
+def unpack_table(packed: PackedTable) -> Int64:
+    """The columns, one after the other."""
+    narrow, lows, data = packed
+    table = np.frombuffer(data, dtype=narrow).reshape(len(lows), -1).astype(np.int64)
+    table += np.array(lows)[:, None]
+    return table
+
+
 def pack_ids(ids: Int32) -> PackedArray | PackedRuns:
-    """Numbers most of which are one more than the one before: where runs of such begin, with what, and where they end."""
+    """Numbers most of which are one more than the one before: with what runs of such begin, and where."""
     breaks = np.nonzero(ids[1:] - ids[:-1] != 1)[0]
     if not len(ids) or len(breaks) > _MOST_RUNS:
         return pack_array(ids)

@@ -13,7 +13,6 @@ from operator import attrgetter
 from typing import Any
 
 import numpy as np
-import torch
 from torch.distributed.checkpoint.metadata import TensorProperties
 
 from gpudcp.arrays import (
@@ -30,6 +29,7 @@ from gpudcp.arrays import (
 )
 from gpudcp.names import Names
 from gpudcp.records import Indices
+from gpudcp.sizes import SizeTable
 
 
 def properties_key(properties: TensorProperties) -> tuple[Any, ...]:
@@ -179,10 +179,11 @@ class SaveColumns:
 
     def indices(self) -> Indices:
         """The items' MetadataIndex, as columns."""
+        own = self.templates
         return Indices(
             names=self.names,
             name_ids=self.name_ids,
-            offsets=_offsets_of(self.templates),
+            offsets=SizeTable(own.boxes[:, 1], np.where(own.kinds == OBJECT, NONE, own.ndims).astype(np.int32)),
             offset_ids=self.template_ids,
             hints=np.full(len(self), NONE, dtype=np.int64) if self.hints is None else self.hints.astype(np.int64),
         )
@@ -210,11 +211,6 @@ def _unpacked_columns(
         templates=templates,
         hints=None if hints is None else unpack_array(hints, np.int32),
     )
-
-
-def _offsets_of(templates: Templates) -> list[torch.Size | None]:
-    rows = zip(templates.heads.tolist(), templates.boxes[:, 1].tolist(), strict=True)
-    return [None if kind == OBJECT else torch.Size(offsets[:ndim]) for (kind, _, ndim), offsets in rows]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,21 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from gpudcp._dcp import ItemExtras, StorageInfo, storage_info
-from gpudcp.arrays import NONE, Column, Int32, Int64
+from gpudcp.arrays import (
+    NONE,
+    Column,
+    Int32,
+    Int64,
+    PackedArray,
+    PackedRuns,
+    PackedTable,
+    pack_ids,
+    pack_table,
+    unpack_ids,
+    unpack_table,
+)
 from gpudcp.names import Names
+from gpudcp.sizes import SizeTable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -21,7 +35,7 @@ class Indices(Sequence[MetadataIndex]):
 
     names: Names
     name_ids: Int32
-    offsets: list[torch.Size | None]
+    offsets: SizeTable
     offset_ids: Int32
     hints: Int64
 
@@ -36,7 +50,7 @@ class Indices(Sequence[MetadataIndex]):
         return cls(
             names=Names(list(fqns), None),
             name_ids=np.array(name_ids, dtype=np.int32),
-            offsets=list(offsets),
+            offsets=SizeTable.of(list(offsets)),
             offset_ids=np.array(offset_ids, dtype=np.int32),
             hints=np.array([NONE if index.index is None else index.index for index in every], dtype=np.int64),
         )
@@ -49,7 +63,7 @@ class Indices(Sequence[MetadataIndex]):
             return [self[each] for each in range(*row.indices(len(self)))]
         hint = int(self.hints[row])
         return MetadataIndex(
-            self.names.fqns[self.name_ids[row]], self.offsets[self.offset_ids[row]], None if hint == NONE else hint
+            self.names.fqns[self.name_ids[row]], self.offsets[int(self.offset_ids[row])], None if hint == NONE else hint
         )
 
     def __iter__(self) -> Iterator[MetadataIndex]:
@@ -63,21 +77,22 @@ class Indices(Sequence[MetadataIndex]):
     @classmethod
     def concatenated(cls, parts: Sequence[Indices]) -> Indices:
         """All rows, in order."""
+        counts = [len(part) for part in parts]
         fqns: dict[str, int] = {}
-        offsets: dict[torch.Size | None, int] = {}
         tables: dict[int, Int32] = {}
         for part in parts:
             if id(part.names) not in tables:
                 numbers = [fqns.setdefault(fqn, len(fqns)) for fqn in part.names.fqns]
                 tables[id(part.names)] = np.array(numbers, dtype=np.int32)
+        is_one = len(tables) == 1
+        name_ids = [part.name_ids if is_one else tables[id(part.names)][part.name_ids] for part in parts]
         return cls(
-            names=parts[0].names if len(tables) == 1 else Names(list(fqns), None),
-            name_ids=_joined([tables[id(part.names)][part.name_ids] for part in parts], np.int32),
-            offset_ids=_joined(
-                [_renumbered(part.offset_ids, part.offsets, offsets).astype(np.int32) for part in parts], np.int32
-            ),
-            offsets=list(offsets),
-            hints=_joined([part.hints for part in parts]),
+            names=parts[0].names if is_one else Names(list(fqns), None),
+            name_ids=_joined(name_ids, np.int32),
+            # The tables one after the other: to tell which offsets are equal would take longer than it saves.
+            offset_ids=_joined_numbers([part.offset_ids for part in parts], [part.offsets for part in parts], counts),
+            offsets=SizeTable.joined(part.offsets for part in parts),
+            hints=_joined([part.hints for part in parts], np.int64),
         )
 
 
@@ -87,23 +102,26 @@ class ItemRecords:
 
     indices: Indices
     paths: list[str]
-    path_ids: Int64
+    path_ids: Int32
     byte_offsets: Int64
     nbytes: Int64
     payload_offsets: Int64
     dtypes: list[torch.dtype]
-    dtype_ids: Int64
+    dtype_ids: Int32
     crcs: Int64
 
     def __len__(self) -> int:
         return len(self.byte_offsets)
 
     def __reduce__(self) -> tuple[Any, ...]:
+        columns: list[Column] = [self.path_ids, self.byte_offsets, self.nbytes, self.payload_offsets, self.dtype_ids]
+        columns.append(self.crcs)
+        own, kept, name_ids = self.indices, None, None
+        if type(own) is Indices:
+            columns += [own.offset_ids, own.hints]
+            kept, name_ids = (own.names, own.offsets), pack_ids(own.name_ids)
         # One table, because a thousand ranks send theirs to one coordinator, and arrays are unpickled one by one.
-        own = self.indices
-        columns: list[Column] = [own.name_ids, own.offset_ids, own.hints, self.path_ids, self.byte_offsets, self.nbytes]
-        columns += [self.payload_offsets, self.dtype_ids, self.crcs]
-        return _unpickled, (own.names, own.offsets, self.paths, self.dtypes, np.stack(columns, dtype=np.int64))
+        return _unpacked, (kept or own, name_ids, self.paths, self.dtypes, pack_table(columns))
 
     def info(self, row: int) -> StorageInfo:
         """The row as the record that torch knows."""
@@ -121,18 +139,18 @@ class ItemRecords:
     def concatenated(cls, parts: Iterable[ItemRecords]) -> ItemRecords:
         """All rows, in order."""
         every = list(parts)
-        paths: dict[str, int] = {}
+        counts = [len(part) for part in every]
         dtypes: dict[torch.dtype, int] = {}
         return cls(
             indices=Indices.concatenated([part.indices for part in every]) if every else Indices.of([]),
-            path_ids=_joined([_renumbered(part.path_ids, part.paths, paths) for part in every]),
-            paths=list(paths),
-            byte_offsets=_joined([part.byte_offsets for part in every]),
-            nbytes=_joined([part.nbytes for part in every]),
-            payload_offsets=_joined([part.payload_offsets for part in every]),
-            dtype_ids=_joined([_renumbered(part.dtype_ids, part.dtypes, dtypes) for part in every]),
+            path_ids=_joined_numbers([part.path_ids for part in every], [part.paths for part in every], counts),
+            paths=list(chain.from_iterable(part.paths for part in every)),
+            byte_offsets=_joined([part.byte_offsets for part in every], np.int64),
+            nbytes=_joined([part.nbytes for part in every], np.int64),
+            payload_offsets=_joined([part.payload_offsets for part in every], np.int64),
+            dtype_ids=_joined([_renumbered(part.dtype_ids, part.dtypes, dtypes) for part in every], np.int32),
             dtypes=list(dtypes),
-            crcs=_joined([part.crcs for part in every]),
+            crcs=_joined([part.crcs for part in every], np.int64),
         )
 
     def of_items(self, positions: Int64) -> ItemRecords:
@@ -145,9 +163,22 @@ class ItemRecords:
             return self
         rows = np.empty_like(positions)
         rows[positions] = np.arange(len(positions))
-        return self._with_rows(self.indices, rows)
+        return self.with_rows(self.indices, rows)
 
-    def _with_rows(self, indices: Indices, rows: Int64) -> ItemRecords:
+    def reordered(self, rows: Int64) -> ItemRecords:
+        """These rows, in this order."""
+        own = self.indices
+        indices = Indices(
+            names=own.names,
+            name_ids=own.name_ids[rows],
+            offsets=own.offsets,
+            offset_ids=own.offset_ids[rows],
+            hints=own.hints[rows],
+        )
+        return self.with_rows(indices, rows)
+
+    def with_rows(self, indices: Indices, rows: Int64) -> ItemRecords:
+        """These rows, in this order; they are those of other indices."""
         return ItemRecords(
             indices=indices,
             paths=self.paths,
@@ -160,51 +191,52 @@ class ItemRecords:
             crcs=self.crcs[rows],
         )
 
-    def reordered(self, rows: Int64) -> ItemRecords:
-        """These rows, in this order."""
-        own = self.indices
-        indices = Indices(
-            names=own.names,
-            name_ids=own.name_ids[rows],
-            offsets=own.offsets,
-            offset_ids=own.offset_ids[rows],
-            hints=own.hints[rows],
-        )
-        return self._with_rows(indices, rows)
 
-
-def _unpickled(
-    names: Names, offsets: list[torch.Size | None], paths: list[str], dtypes: list[torch.dtype], table: Int64
+def _unpacked(
+    indices: Indices | tuple[Names, SizeTable],
+    name_ids: PackedArray | PackedRuns,
+    paths: list[str],
+    dtypes: list[torch.dtype],
+    packed: PackedTable,
 ) -> ItemRecords:
-    name_ids, offset_ids, hints, path_ids, byte_offsets, nbytes, payload_offsets, dtype_ids, crcs = table
-    return ItemRecords(
-        indices=Indices(
+    path_ids, byte_offsets, nbytes, payload_offsets, dtype_ids, crcs, *of_indices = unpack_table(packed)
+    if isinstance(indices, tuple):
+        (names, offsets), (offset_ids, hints) = indices, of_indices
+        indices = Indices(
             names=names,
-            name_ids=name_ids.astype(np.int32),
+            name_ids=unpack_ids(name_ids),
             offsets=offsets,
             offset_ids=offset_ids.astype(np.int32),
             hints=hints,
-        ),
+        )
+    return ItemRecords(
+        indices=indices,
         paths=paths,
-        path_ids=path_ids,
+        path_ids=path_ids.astype(np.int32),
         byte_offsets=byte_offsets,
         nbytes=nbytes,
         payload_offsets=payload_offsets,
         dtypes=dtypes,
-        dtype_ids=dtype_ids,
+        dtype_ids=dtype_ids.astype(np.int32),
         crcs=crcs,
     )
 
 
-def _joined(columns: list[Column], dtype: type[Any] = np.int64) -> Column:
+def _joined(columns: list[Column], dtype: type[Any]) -> Column:
     return np.concatenate(columns) if columns else np.empty(0, dtype=dtype)
 
 
-def _renumbered(ids: Column, values: Sequence[Any], numbers: dict[Any, int]) -> Int64:
-    if not values:
+def _joined_numbers(columns: list[Column], tables: list[Sequence[Any]], counts: list[int]) -> Int32:
+    """Numbers into tables, joined, for the tables one after the other. What has no table is left as it is."""
+    firsts = np.cumsum([0, *map(len, tables)], dtype=np.int32)[:-1]
+    joined = _joined(columns, np.int32)
+    joined += np.repeat(firsts, counts)
+    return joined
+
+
+def _renumbered(ids: Column, values: Sequence[Any], numbers: dict[Any, int]) -> Int32:
+    own = [numbers.setdefault(value, len(numbers)) for value in values]
+    if own == list(range(len(own))):
         return ids
-    table = np.fromiter(
-        (numbers.setdefault(value, len(numbers)) for value in values), dtype=np.int64, count=len(values)
-    )
     # A row without a value (NONE) takes the table's last entry: it is masked by the columns that say so.
-    return table[ids]
+    return np.array(own, dtype=np.int32)[ids]

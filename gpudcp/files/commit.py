@@ -77,22 +77,34 @@ def make_directory(path: str, *, fsync: bool) -> None:
 
 def replace_file(directory: str, name: str, parts: Iterable[bytes | memoryview], *, fsync: bool) -> None:
     """Put a file of these parts in place at once: a temporary file, fsynced, renamed; then the directory fsynced."""
+    with file_to_replace(directory, name, parts, fsync=fsync):
+        pass
+
+
+@contextmanager
+def file_to_replace(directory: str, name: str, parts: Iterable[bytes | memoryview], *, fsync: bool) -> Iterator[None]:
+    """As `replace_file`: in the context the temporary file is there, at its end it is put in place."""
     path = os.path.join(directory, name)
     temporary = path + TEMPORARY_SUFFIX
+    try:
+        with _os_errors_named(path), _new_file(temporary) as file:
+            file.writelines(parts)
+            file.flush()
+            if fsync:
+                os.fsync(file.fileno())
+        yield
+        _put_in_place(temporary, path, fsync=fsync)
+    except BaseException:  # Ctrl-C too
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _put_in_place(temporary: str, path: str, *, fsync: bool) -> None:
     with _os_errors_named(path):
-        try:
-            with _new_file(temporary) as file:
-                file.writelines(parts)
-                file.flush()
-                if fsync:
-                    os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:  # Ctrl-C too
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+        os.replace(temporary, path)
         if fsync:
-            fsync_directory(directory)
+            fsync_directory(os.path.dirname(path))
 
 
 def _new_file(path: str) -> BinaryIO:

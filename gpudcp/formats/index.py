@@ -6,7 +6,6 @@ without it.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from typing import Any, NamedTuple
 
@@ -16,13 +15,14 @@ import safetensors.numpy
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorProperties
 
-from gpudcp.arrays import NONE, Column, Int64, distinct_numbers, distinct_rows, narrowed
+from gpudcp.arrays import NONE, Column, Int64, narrowed
 from gpudcp.columns import CheckpointColumns
 from gpudcp.errors import CorruptCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import dtype_name
 from gpudcp.names import Names
-from gpudcp.records import Indices, ItemRecords
+from gpudcp.records import ItemRecords
+from gpudcp.rows import RowIndices, by_row
 from gpudcp.views import ColumnMetadata
 
 SUFFIX = ".index"
@@ -62,13 +62,10 @@ def index_columns(metadata: Metadata, records: ItemRecords) -> IndexColumns | No
     if not (isinstance(metadata, ColumnMetadata) and metadata.is_unchanged) or len(records) < LEAST_ROWS:
         return None
     columns = metadata.columns
-    rows = _rows_of(columns, records.indices)
+    row_records = by_row(records, columns)
     properties = [_encoded_properties(each) for each in columns.properties]
-    if rows is None or None in properties:
+    if row_records is None or None in properties:
         return None
-    order = np.empty_like(rows)
-    order[rows] = np.arange(len(rows))
-    row_records = records.reordered(order)
     meta = metadata.storage_meta or StorageMeta()
     arrays: dict[str, Column] = {
         "first_rows": columns.first_rows,
@@ -145,81 +142,18 @@ def _decoded(data: bytes, path: str, nbytes: int, crc: int) -> ColumnMetadata | 
     }
     _check(columns, numbers, header, path)
     records = ItemRecords(
-        indices=_RowIndices(columns),
+        indices=RowIndices(columns),
         paths=header["paths"],
+        path_ids=numbers["path_ids"].astype(np.int32),
+        byte_offsets=numbers["byte_offsets"],
+        nbytes=numbers["nbytes"],
+        payload_offsets=numbers["payload_offsets"],
         dtypes=[_dtype(name) for name in header["dtypes"]],
-        **numbers,
+        dtype_ids=numbers["dtype_ids"].astype(np.int32),
+        crcs=numbers["crcs"],
     )
     meta = StorageMeta(header["checkpoint_id"], header["save_id"], modules=header["modules"])
     return ColumnMetadata(columns, records, storage_meta=meta, version=header["version"])
-
-
-class _RowIndices(Indices):
-    """The MetadataIndex of each row of a checkpoint; worked out when somebody asks, as who reads by rows does not."""
-
-    def __init__(self, columns: CheckpointColumns) -> None:
-        object.__setattr__(self, "_columns", columns)
-
-    def __getattr__(self, name: str) -> Any:
-        """A field that is not filled yet."""
-        fields = [field.name for field in dataclasses.fields(Indices)]
-        if name not in fields:
-            raise AttributeError(name)
-        made = _row_indices(self._columns)
-        for field in fields:
-            object.__setattr__(self, field, getattr(made, field))
-        return getattr(made, name)
-
-
-def _row_indices(columns: CheckpointColumns) -> Indices:
-    """The MetadataIndex of each row of a checkpoint."""
-    counts = np.diff(columns.first_rows)
-    entries = np.repeat(np.arange(len(columns)), counts)
-    ndims = np.where(columns.property_ids == NONE, NONE, columns.ndims)[entries].astype(np.int64)
-    most = columns.boxes.shape[2] + 2
-    used, offset_ids = distinct_numbers(columns.row_boxes.astype(np.int64) * most + ndims + 1)
-    boxes = columns.boxes[used // most, 0].tolist() if len(used) else []
-    offsets = [
-        None if ndim == NONE else torch.Size(box[:ndim])
-        for box, ndim in zip(boxes, (used % most - 1).tolist(), strict=True)
-    ]
-    hints = np.arange(columns.nrows) - np.repeat(columns.first_rows[:-1], counts)
-    hints[ndims == NONE] = NONE
-    return Indices(
-        names=columns.names,
-        name_ids=entries.astype(np.int32),
-        offsets=offsets,
-        offset_ids=offset_ids.astype(np.int32),
-        hints=hints,
-    )
-
-
-def _rows_of(columns: CheckpointColumns, indices: Indices) -> Int64 | None:
-    """The row of each index, one to one; None where they do not match."""
-    if len(indices) != columns.nrows:
-        return None
-    entries = np.array([columns.numbers.get(fqn, NONE) for fqn in indices.names.fqns], dtype=np.int64)
-    entries = entries[indices.name_ids]
-    if (entries == NONE).any():
-        return None
-    is_object = columns.property_ids[entries] == NONE
-    hints = np.where(is_object, 0, indices.hints)
-    counts = columns.first_rows[entries + 1] - columns.first_rows[entries]
-    if ((hints < 0) | (hints >= counts)).any():
-        return None
-    rows = columns.first_rows[entries] + hints
-    if columns.nrows and int(np.bincount(rows, minlength=columns.nrows).max()) > 1:  # as many rows as indices
-        return None
-    ndim = columns.boxes.shape[2]
-    table = np.zeros((len(indices.offsets), ndim), dtype=np.int64)
-    for number, offset in enumerate(indices.offsets):
-        if offset is not None:
-            if len(offset) > ndim:
-                return None
-            table[number, : len(offset)] = offset
-    _, numbers = distinct_rows(np.concatenate([table, columns.boxes[:, 0]]))
-    same = numbers[indices.offset_ids] == numbers[len(table) :][columns.row_boxes[rows]]
-    return rows if bool((same | is_object).all()) else None
 
 
 def _check(columns: CheckpointColumns, numbers: dict[str, Int64], header: dict[str, Any], path: str) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import io
 import pickle
 import struct
+from collections.abc import Iterator
 from dataclasses import is_dataclass, replace
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata
@@ -22,7 +23,7 @@ from gpudcp.collector import collector_paused
 from gpudcp.errors import CorruptCheckpointError, UnsafeCheckpointError
 from gpudcp.formats.checksum import crc32
 from gpudcp.formats.dtypes import dtype_name
-from gpudcp.formats.emit import emit_metadata
+from gpudcp.formats.emit import Emitted, emit_metadata
 from gpudcp.formats.opcodes import check_opcodes
 from gpudcp.records import ItemRecords
 from gpudcp.views import ColumnMetadata
@@ -68,13 +69,26 @@ _ALLOWED_GLOBALS = frozenset(
 )
 
 
-class EncodedMetadata(NamedTuple):
-    """The bytes of a ``.metadata`` file, in parts to be written in turn."""
+class EncodedMetadata:
+    """The bytes of a ``.metadata`` file, made as its parts are asked for, which is once."""
 
-    parts: list[bytes | memoryview]
-    pickle_nbytes: int
-    crc32: int
-    """Of the pickle, without the trailer."""
+    def __init__(self, pickled: Emitted) -> None:
+        self._parts = pickled.parts
+        self.pickle_nbytes = pickled.nbytes
+        self.crc32 = 0
+        """Of the pickle, without the trailer; when all parts were made."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of the whole file."""
+        return self.pickle_nbytes + TRAILER_NBYTES
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """The file from its start to its end."""
+        for part in self._parts:
+            self.crc32 = crc32(part, self.crc32)
+            yield part
+        yield _TRAILER.pack(_MAGIC, self.pickle_nbytes, self.crc32)
 
 
 def encode_metadata(metadata: Metadata, records: ItemRecords) -> EncodedMetadata:
@@ -83,15 +97,12 @@ def encode_metadata(metadata: Metadata, records: ItemRecords) -> EncodedMetadata
     ``metadata.storage_data`` must give the same records, as a mapping that pickles as a dict.
     """
     with collector_paused():
-        parts = emit_metadata(metadata, records)
-        if parts is None:
+        emitted = emit_metadata(metadata, records)
+        if emitted is None:
             plain = metadata.plain() if isinstance(metadata, ColumnMetadata) else metadata
-            parts = [pickle.dumps(replace(plain, storage_data=dict(metadata.storage_data)))]
-    nbytes, crc = 0, 0
-    for part in parts:
-        nbytes += len(part)
-        crc = crc32(part, crc)
-    return EncodedMetadata([*parts, _TRAILER.pack(_MAGIC, nbytes, crc)], nbytes, crc)
+            pickled = pickle.dumps(replace(plain, storage_data=dict(metadata.storage_data)))
+            emitted = Emitted(len(pickled), iter([pickled]))
+    return EncodedMetadata(emitted)
 
 
 TRAILER_NBYTES = _TRAILER.size

@@ -155,7 +155,8 @@ class _Rows:
     def __init__(self, columns: CheckpointColumns, records: ItemRecords) -> None:
         self._numbers = columns.numbers
         self._first_rows = columns.first_rows.tolist()
-        self._offsets = [records.indices.offsets[number] for number in records.indices.offset_ids.tolist()]
+        offsets = list(records.indices.offsets)
+        self._offsets = [offsets[number] for number in records.indices.offset_ids.tolist()]
         self._paths = [records.paths[number] for number in records.path_ids.tolist()]
         self._starts, self._nbytes = records.byte_offsets.tolist(), records.nbytes.tolist()
         self._payloads, self._crcs = records.payload_offsets.tolist(), records.crcs.tolist()

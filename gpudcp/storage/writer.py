@@ -31,6 +31,7 @@ from gpudcp.files.commit import (
     DirectoryLock,
     data_file_name,
     draw_save_id,
+    file_to_replace,
     is_data_file_name,
     make_directory,
     metadata_file_name,
@@ -268,25 +269,29 @@ class GpuStorageWriter(StorageWriter):
         metadata.storage_data = StorageData(records)
         metadata.storage_meta = self.storage_meta()
         rank = None if self._use_collectives else self._rank
-        # Beside each other, as NumPy lets go of the interpreter.
-        with ThreadPoolExecutor(1, "gpudcp-index") as beside:
-            columns = beside.submit(index_format.index_columns, metadata, records)
-            encoded = encode_metadata(metadata, records)
-        index = columns.result()
         if lost := [name for name in self._written if not os.path.exists(os.path.join(self.path, name))]:
             raise CheckpointBusyError(f"{self.path}: {', '.join(lost)} was removed before this save was committed")
         self._warn_of_unseen(records)
         name = metadata_file_name(rank)
         replaced = self._replaced_names(name)
-        # The index first: beside the old .metadata it is of another one, and not read.
-        if index is not None:
-            data = index.encoded(nbytes=encoded.pickle_nbytes, crc=encoded.crc32)
-            replace_file(self.path, name + index_format.SUFFIX, [data], fsync=self.options.fsync)
-        replace_file(self.path, name, encoded.parts, fsync=self.options.fsync)
+        self._replace_metadata(name, metadata, records)
+        self._clean_up(set(records.paths), replaced, rank)
+
+    def _replace_metadata(self, name: str, metadata: Metadata, records: ItemRecords) -> None:
+        """Put the metadata in place, with an index beside it where that is worth it."""
+        encoded, fsync = encode_metadata(metadata, records), self.options.fsync
+        with ThreadPoolExecutor(1, "gpudcp-index") as beside:
+            # Beside each other, as NumPy lets go of the interpreter.
+            columns = beside.submit(index_format.index_columns, metadata, records)
+            with file_to_replace(self.path, name, encoded.parts(), fsync=fsync):
+                index = columns.result()
+                # The index first: beside the old .metadata it is of another one, and not read.
+                if index is not None:
+                    data = index.encoded(nbytes=encoded.pickle_nbytes, crc=encoded.crc32)
+                    replace_file(self.path, name + index_format.SUFFIX, [data], fsync=fsync)
         if index is None:
             with suppress(OSError):
                 os.unlink(os.path.join(self.path, name + index_format.SUFFIX))
-        self._clean_up(set(records.paths), replaced, rank)
 
     def _warn_of_unseen(self, records: ItemRecords) -> None:
         """Say so where the ranks' files are not all here. No error: some gather files of their nodes' own disks later.
@@ -382,16 +387,17 @@ def _records(items: Sequence[WriteItem], plan: SaveChunkPlan, receipts: list[Fil
     numbers: dict[torch.dtype, int] = {}
     dtype_ids = [-1 if chunk is None else numbers.setdefault(chunk.dtype, len(numbers)) for chunk in chunks]
     positions = _column([write.position for write in writes])
+    path_ids = np.repeat(np.arange(len(plan.files), dtype=np.int32), [len(file.writes) for file in plan.files])
     columns = items.columns if isinstance(items, WriteItems) else None
     return ItemRecords(
         indices=Indices.of(item.index for item in items) if columns is None else columns.indices(),
         paths=[file.path for file in plan.files],
-        path_ids=np.repeat(np.arange(len(plan.files)), [len(file.writes) for file in plan.files]),
+        path_ids=path_ids,
         byte_offsets=_column([write.byte_offset for write in writes]),
         nbytes=_column([write.nbytes for write in writes]),
         payload_offsets=_column([-1 if chunk is None else chunk.payload_offset for chunk in chunks]),
         dtypes=list(numbers),
-        dtype_ids=_column(dtype_ids),
+        dtype_ids=np.array(dtype_ids, dtype=np.int32),
         crcs=_column([-1 if crc is None else crc for crc in crcs]),
     ).of_items(positions)
 

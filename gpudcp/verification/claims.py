@@ -97,8 +97,7 @@ def _claims_of_rows(metadata: ColumnMetadata, directory: str) -> list[Claim] | N
     except (PlanError, UnsafeCheckpointError):
         return None
     indices = records.indices
-    numbers: dict[Any, int] = {}
-    offsets = np.array([numbers.setdefault(offset, len(numbers)) for offset in indices.offsets], dtype=np.int64)
+    _, offsets = indices.offsets.distinct()
     keys = indices.name_ids.astype(np.int64) * len(offsets) + offsets[indices.offset_ids]
     if len(np.unique(keys)) < len(keys):
         return None  # an empty shard that begins where a full one does

@@ -67,13 +67,24 @@ def is_written_of(data: bytes, indexed: ColumnMetadata) -> bool:
     Then the two agree, and it is as harmless as what this package writes: it needs no unpickling, nor the longer look
     before that. False says nothing: a save of other strings that are one object, or by another release, writes others.
     """
-    records = indexed.row_records
+    return any(_is_written_of(data, each) for each in _as_saved(indexed))
+
+
+def _is_written_of(data: bytes, metadata: ColumnMetadata) -> bool:
+    records = metadata.row_records
     if records is None:
         return False
     # As the coordinator had them: one rank's after the other's.
     ranks = np.array([rank_of_data_file(path) or 0 for path in records.paths], dtype=np.int64)[records.path_ids]
-    in_order = records.reordered(np.argsort(ranks, kind="stable"))
-    return any(b"".join(encode_metadata(each, in_order).parts) == data for each in _as_saved(indexed))
+    encoded = encode_metadata(metadata, records.reordered(np.argsort(ranks, kind="stable")))
+    if encoded.nbytes != len(data):
+        return False
+    found, at = memoryview(data), 0
+    for part in encoded.parts():
+        if found[at : at + len(part)] != part:
+            return False
+        at += len(part)
+    return True
 
 
 def _as_saved(indexed: ColumnMetadata) -> Iterator[ColumnMetadata]:

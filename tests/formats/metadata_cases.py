@@ -43,12 +43,12 @@ def records_of(rows: list[Row]) -> ItemRecords:
     return ItemRecords(
         indices=Indices.of(row.index for row in rows),
         paths=paths,
-        path_ids=column([paths.index(row.path) for row in rows]),
+        path_ids=column([paths.index(row.path) for row in rows]).astype(np.int32),
         byte_offsets=column([row.byte_offset for row in rows]),
         nbytes=column([row.nbytes for row in rows]),
         payload_offsets=column([row.payload[0] if row.payload else -1 for row in rows]),
         dtypes=dtypes,
-        dtype_ids=column([dtypes.index(row.payload[1]) if row.payload else -1 for row in rows]),
+        dtype_ids=column([dtypes.index(row.payload[1]) if row.payload else -1 for row in rows]).astype(np.int32),
         crcs=column([-1 if row.crc is None else row.crc for row in rows]),
     )
 

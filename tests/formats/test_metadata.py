@@ -34,7 +34,7 @@ TRAILER_NBYTES = 20
 
 
 def encoded(metadata: Metadata, records: ItemRecords) -> bytes:
-    return b"".join(encode_metadata(with_records(metadata, records), records).parts)
+    return b"".join(encode_metadata(with_records(metadata, records), records).parts())
 
 
 def decode(data: bytes, *, trust_pickle: bool = False) -> Metadata:

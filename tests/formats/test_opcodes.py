@@ -218,7 +218,7 @@ def test_honest_metadata_passes(protocol: int) -> None:
     seen = check_opcodes(pickled)
     assert seen is not None
     assert seen.end == len(pickled)
-    assert check_opcodes(b"".join(encode_metadata(with_records(metadata, records), records).parts)) is not None
+    assert check_opcodes(b"".join(encode_metadata(with_records(metadata, records), records).parts())) is not None
 
 
 VALUES = st.recursive(

@@ -853,7 +853,7 @@ DEATHS = {
     "in packing": Place(gpudcp.DefaultSavePlanner, "resolve_sources", 1),
     "in writing": Place(posix.PosixWriter, "write", 1),
     "in fsync": Place(posix.PosixWriter, "finish", 0),
-    "in commit": Place(writer_module, "replace_file", 0),
+    "in commit": Place(writer_module, "file_to_replace", 0),
 }
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 import gpudcp
 from gpudcp import api
+from gpudcp.files import commit
 from gpudcp.files.posix import PosixWriter
 from gpudcp.storage import writer as writer_module
 from gpudcp.storage.writer import GpuStorageWriter
@@ -44,7 +45,8 @@ class Clock:
         self._around(GpuStorageWriter, "write_data", "write", "end")
         self._around(PosixWriter, "finish", "fsync", "write")
         self._around(writer_module, "fsync_directory", "fsync", "write")
-        self._around(writer_module, "replace_file", "rename", "end")
+        self._around(GpuStorageWriter, "_replace_metadata", "write", "end")
+        self._around(commit, "_put_in_place", "rename", "end")
         self._around(GpuStorageWriter, "_clean_up", "clean-up", "end")
         sys.setprofile(self._tick)
 

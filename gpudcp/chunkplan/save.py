@@ -52,6 +52,8 @@ class SaveFilePlan:
     nbytes: int
     slab_nbytes: int
     writes: tuple[ChunkWrite | LiteralWrite, ...]
+    group: int = 0
+    """Files of one group are packed on one device: those of group n on the n-th that an executor has."""
 
     def __post_init__(self) -> None:
         end = 0
@@ -91,7 +93,12 @@ class SaveChunkPlan:
 
 
 def plan_save(
-    items: Sequence[WriteItem], literals: Mapping[int, bytes], *, paths: Sequence[str], slab_nbytes: int
+    items: Sequence[WriteItem],
+    literals: Mapping[int, bytes],
+    *,
+    paths: Sequence[str],
+    slab_nbytes: int,
+    groups: Sequence[int] | None = None,
 ) -> SaveChunkPlan:
     """Lay the items into files, one after the other, each payload aligned; no items, no file.
 
@@ -103,14 +110,53 @@ def plan_save(
         literals: ready bytes by position in ``items``, for those that are not tensor chunks.
         paths: of as many files as may be made, relative to the checkpoint's directory.
         slab_nbytes: bytes of one slab, a multiple of 4096.
+        groups: a number for each item, from 0 on: items of two groups share no file, and the groups take turns in
+            taking paths. None: all items are of one group.
 
     Raises:
-        PlanError: an item has neither literal bytes nor a tensor's description, or a dtype that stock DCP cannot save.
+        PlanError: an item has neither literal bytes nor a tensor's description, or a dtype that stock DCP cannot save;
+            there are fewer paths than groups.
     """
+    described = _described(items, literals)
+    of_groups: Sequence[_Numbered] = [enumerate(described)] if groups is None else _divided(described, groups)
+    if len(paths) < len(of_groups):
+        raise PlanError(f"{len(of_groups)} groups of items need a file each, {len(paths)} paths are given")
+    return SaveChunkPlan(
+        files=tuple(
+            file
+            for group, numbered in enumerate(of_groups)
+            for file in _files(
+                numbered, literals, paths=paths[group :: len(of_groups)], slab_nbytes=slab_nbytes, group=group
+            )
+        )
+    )
+
+
+_Described = tuple[torch.dtype, tuple[int, ...]]
+_Numbered = Iterable[tuple[int, _Described | None]]
+"""Items by position."""
+
+
+def _divided(described: Iterable[_Described | None], groups: Sequence[int]) -> Sequence[_Numbered]:
+    of_groups: list[list[tuple[int, _Described | None]]] = [[] for _ in range(max(groups, default=0) + 1)]
+    for group, numbered in zip(groups, enumerate(described), strict=True):
+        of_groups[group].append(numbered)
+    return of_groups
+
+
+def _files(
+    numbered: _Numbered,
+    literals: Mapping[int, bytes],
+    *,
+    paths: Sequence[str],
+    slab_nbytes: int,
+    group: int,
+) -> list[SaveFilePlan]:
+    """The files of one group."""
     files: list[list[ChunkWrite | LiteralWrite]] = [[]]
     cursors = [0]
     number, cursor = 0, 0
-    for position, described in enumerate(_described(items, literals)):
+    for position, described in numbered:
         if described is None:
             data = literals[position]
             files[number].append(LiteralWrite(position, cursor, len(data), data))
@@ -130,16 +176,11 @@ def plan_save(
             cursor = min(cursors)
             number = cursors.index(cursor)
     cursors[number] = cursor
-    return SaveChunkPlan(
-        files=tuple(
-            SaveFilePlan(path=path, nbytes=nbytes, slab_nbytes=slab_nbytes, writes=tuple(writes))
-            for path, nbytes, writes in zip(paths, cursors, files, strict=False)
-            if writes
-        )
-    )
-
-
-_Described = tuple[torch.dtype, tuple[int, ...]]
+    return [
+        SaveFilePlan(path=path, nbytes=nbytes, slab_nbytes=slab_nbytes, writes=tuple(writes), group=group)
+        for path, nbytes, writes in zip(paths, cursors, files, strict=False)
+        if writes
+    ]
 
 
 def _described(items: Sequence[WriteItem], literals: Mapping[int, bytes]) -> Iterable[_Described | None]:

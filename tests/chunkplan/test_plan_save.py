@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 import zipfile
 from math import prod
+from random import Random
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from gpudcp.chunkplan import save
+from gpudcp.chunkplan import save as save_module
 from gpudcp.chunkplan.save import ChunkWrite, LiteralWrite, SaveChunkPlan, SaveFilePlan, plan_save
 from gpudcp.errors import PlanError
 from gpudcp.formats.checksum import crc32
@@ -244,7 +246,7 @@ def test_writes_beyond_the_end_of_their_file_are_no_plan() -> None:
 
 def test_several_files_grow_at_one_pace_and_none_is_begun_for_little(monkeypatch: pytest.MonkeyPatch) -> None:
     """The next item goes to the file with the fewest bytes; a file more is begun when each has its full size."""
-    monkeypatch.setattr(save, "FULL_FILE_NBYTES", 100_000)
+    monkeypatch.setattr(save_module, "FULL_FILE_NBYTES", 100_000)
     items = [tensor_item(str(number), torch.uint8, (30_000,)) for number in range(40)]
 
     def files_of(count: int, npaths: int) -> list[SaveFilePlan]:
@@ -259,3 +261,77 @@ def test_several_files_grow_at_one_pace_and_none_is_begun_for_little(monkeypatch
     assert [file.path for file in full] == ["file 0", "file 1", "file 2"]
     assert sorted(write.position for file in full for write in file.writes) == list(range(40))
     assert max(file.nbytes for file in full) - min(file.nbytes for file in full) <= 35_000
+
+
+PATHS = [f"file {number}" for number in range(7)]
+
+
+@given(
+    save=saves(), seed=st.randoms(use_true_random=False), ngroups=st.integers(1, 4), full_nbytes=st.integers(1, 9999)
+)
+@settings(max_examples=100, deadline=None)
+def test_every_item_is_in_a_file_of_its_group(
+    save: tuple[list[WriteItem], dict[int, bytes]], seed: Random, ngroups: int, full_nbytes: int
+) -> None:
+    """And there as if the others were not: each group's files are those of a save of its items alone."""
+    items, literals = save
+    groups = [seed.randrange(ngroups) for _ in items]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "FULL_FILE_NBYTES", full_nbytes)
+        files = plan_save(items, literals, paths=PATHS, slab_nbytes=SLAB_NBYTES, groups=groups).files
+        assert len({file.path for file in files}) == len(files)
+        for group in range(max(groups) + 1):
+            positions = [position for position, own in enumerate(groups) if own == group]
+            alone = plan_save(
+                [items[position] for position in positions],
+                {n: literals[position] for n, position in enumerate(positions) if position in literals},
+                paths=[file.path for file in files if file.group == group] or ["none"],
+                slab_nbytes=SLAB_NBYTES,
+            )
+            own = [dataclasses.replace(file, group=0) for file in files if file.group == group]
+            assert own == [
+                dataclasses.replace(
+                    file, writes=tuple(write._replace(position=positions[write.position]) for write in file.writes)
+                )
+                for file in alone.files
+            ]
+
+
+@given(save=saves(), npaths=st.integers(1, 7), full_nbytes=st.integers(1, 9999))
+@settings(max_examples=60, deadline=None)
+def test_items_of_one_group_are_planned_as_if_there_were_no_groups(
+    save: tuple[list[WriteItem], dict[int, bytes]], npaths: int, full_nbytes: int
+) -> None:
+    """The same files, of the same names."""
+    items, literals = save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(save_module, "FULL_FILE_NBYTES", full_nbytes)
+        one, other = (
+            plan_save(items, literals, paths=PATHS[:npaths], slab_nbytes=SLAB_NBYTES, groups=groups)
+            for groups in (None, [0] * len(items))
+        )
+    assert one == other
+    assert {file.group for file in one.files} == {0}
+
+
+def test_each_group_has_a_file_and_more_of_the_paths_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little the first one holds; a group without items has none."""
+    monkeypatch.setattr(save_module, "FULL_FILE_NBYTES", 100_000)
+    items = [tensor_item(str(number), torch.uint8, (30_000,)) for number in range(40)]
+    groups = [0, *[1, 3] * 19, 0]
+    files = plan_save(items, {}, paths=PATHS, slab_nbytes=SLAB_NBYTES, groups=groups).files
+    assert [(file.path, file.group) for file in files] == [
+        ("file 0", 0),
+        ("file 1", 1),
+        ("file 5", 1),
+        ("file 3", 3),
+    ]
+    assert [write.position for write in files[0].writes] == [0, 39]
+    assert plan_save([], {}, paths=PATHS, slab_nbytes=SLAB_NBYTES, groups=[]).files == ()
+
+
+def test_more_groups_than_paths_are_refused() -> None:
+    """Rather than left out of the checkpoint."""
+    items = [tensor_item(str(number), torch.uint8, (3,)) for number in range(3)]
+    with pytest.raises(PlanError, match=r"^3 groups of items need a file each, 2 paths are given$"):
+        plan_save(items, {}, paths=PATHS[:2], slab_nbytes=SLAB_NBYTES, groups=[0, 2, 1])

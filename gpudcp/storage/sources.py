@@ -84,7 +84,8 @@ class PlannerSource:
 
     def __init__(self, items: Sequence[WriteItem], planner: SavePlanner) -> None:
         self._items = items
-        self._tensors = _all_sources(items, planner)
+        self._found = _all_sources(items, planner)
+        self._tensors = _usable(self._found)
         resolve_source = _usable_resolve_source(planner)
         self._may_narrow = resolve_source is not None
         self._ask: Callable[[WriteItem], object] = resolve_source or planner.resolve_data
@@ -92,7 +93,17 @@ class PlannerSource:
 
     def devices(self) -> set[torch.device] | None:
         """Of all tensors, as far as they are known; None: the planner has to be asked for each."""
-        return None if self._tensors is None else {tensor.device for tensor in self._tensors if tensor is not None}
+        return None if self._found is None else {tensor.device for tensor in self._found if tensor is not None}
+
+    def groups(self, devices: Sequence[torch.device]) -> list[int] | None:
+        """For each item the number of its tensor's device among these; 0: on none of them, or not known.
+
+        None: there are not two devices to tell apart.
+        """
+        if len(devices) < 2 or self._found is None:
+            return None
+        numbers = {device: number for number, device in enumerate(devices)}
+        return [0 if tensor is None else numbers.get(tensor.device, 0) for tensor in self._found]
 
     def resolve(self, position: int) -> torch.Tensor:
         """The tensor of a write item.
@@ -129,16 +140,23 @@ class PlannerSource:
 
 
 def _all_sources(items: Sequence[WriteItem], planner: SavePlanner) -> list[torch.Tensor | None] | None:
-    """What our own planner resolves all items to; None for those that are asked for, and checked, one by one."""
+    """What our own planner resolves all items to, None for objects; no list: another one is asked when it is time."""
     columns = items.columns if isinstance(items, WriteItems) else None
     names = ("resolve_data", "resolve_source", "lookup_object", "transform_object")
     if columns is None or not isinstance(planner, DefaultSavePlanner):
         return None
     if not are_untouched(planner, names, DefaultSavePlanner):
         return None
+    return planner.resolve_sources(columns)
+
+
+def _usable(found: list[torch.Tensor | None] | None) -> list[torch.Tensor | None] | None:
+    """Those that are taken as they are; None for those that are asked for, and checked, one by one."""
+    if found is None:
+        return None
     return [
         tensor if type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta else None
-        for tensor in planner.resolve_sources(columns)
+        for tensor in found
     ]
 
 

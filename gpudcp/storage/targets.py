@@ -29,12 +29,18 @@ class PlannerTarget:
         self._items = items
         self._planner = planner
         self._wrappers: dict[int, torch.Tensor] = {}
-        self._tensors = _all_destinations(items, planner)
+        self._found = _all_destinations(items, planner)
+        self._tensors = _usable(self._found)
         self._hears_commits = not are_untouched(planner, ("commit_tensor",), DefaultLoadPlanner)
 
     def devices(self) -> set[torch.device] | None:
         """Of all destinations, as far as they are known; None: the planner has to be asked for each."""
-        return None if self._tensors is None else {tensor.device for tensor in self._tensors if tensor is not None}
+        return None if self._found is None else {tensor.device for tensor in self._found if tensor is not None}
+
+    def device_of(self, position: int) -> torch.device | None:
+        """Where an item's destination is; None: the planner has to be asked for it."""
+        found = None if self._found is None else self._found[position]
+        return None if found is None else found.device
 
     def resolve(self, position: int) -> torch.Tensor:
         """The destination of a read item; for one without memory of its own, memory to copy into it from.
@@ -63,16 +69,25 @@ class PlannerTarget:
 
 
 def _all_destinations(items: Sequence[ReadItem], planner: LoadPlanner) -> list[torch.Tensor | None] | None:
-    """What our own planner resolves all items to; None for those that are asked for, and checked, one by one."""
+    """What our own planner resolves all items to, None for objects; no list: another one is asked when it is time."""
     names = ("resolve_tensor", "lookup_tensor", "transform_tensor", "resolve_tensors")
-    if not (isinstance(items, ReadItems) and items.is_unchanged and isinstance(planner, DefaultLoadPlanner)):
+    if not (isinstance(planner, DefaultLoadPlanner) and are_untouched(planner, names, DefaultLoadPlanner)):
         return None
-    if not are_untouched(planner, names, DefaultLoadPlanner):
-        return None
+    if isinstance(items, ReadItems) and items.is_unchanged:
+        return planner.resolve_tensors(items)
+    found = [None if is_object(item) else planner.resolve_tensor(item) for item in items]
+    # What has another shape is refused where it is resolved.
     return [
-        tensor if type(tensor) is torch.Tensor and _is_plain(tensor) else None
-        for tensor in planner.resolve_tensors(items)
+        tensor if tensor is not None and tensor.shape == item.lengths else None
+        for item, tensor in zip(items, found, strict=True)
     ]
+
+
+def _usable(found: list[torch.Tensor | None] | None) -> list[torch.Tensor | None] | None:
+    """Those that are taken as they are; None for those that are asked for, and checked, one by one."""
+    if found is None:
+        return None
+    return [tensor if type(tensor) is torch.Tensor and _is_plain(tensor) else None for tensor in found]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

@@ -8,6 +8,7 @@ import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from gpudcp.errors import (
     PlanError,
     UnsafeCheckpointError,
 )
+from gpudcp.storage.sources import PlannerSource
 
 
 class Renaming(dcp.DefaultSavePlanner):
@@ -222,3 +224,25 @@ def test_an_object_that_could_not_be_loaded_can_be_an_error(checkpoint: Path) ->
         gpudcp.save({"odd": Custom(3)}, checkpoint, options=Options(unsafe_objects="error"))
     assert told.value.refused.endswith("Custom")
     check_settled(checkpoint)
+
+
+def test_items_are_grouped_only_where_there_are_devices_to_tell_apart() -> None:
+    """What is on none of them, or not known before, goes with the first."""
+    source = PlannerSource([], gpudcp.DefaultSavePlanner())
+    gpus = [torch.device("cuda", number) for number in (2, 0, 1)]
+    tensors: Any = [SimpleNamespace(device=device) for device in (*gpus, torch.device("cpu"))]
+    source._found = [*tensors, None]
+    assert source.groups(gpus) == [0, 1, 2, 0, 0]
+    assert source.groups(gpus[1:]) == [0, 0, 1, 0, 0]
+    assert source.groups(gpus[:1]) is source.groups([]) is None
+    source._found = None
+    assert source.groups(gpus) is None
+
+
+def test_the_devices_of_parameters_are_known_too() -> None:
+    """Whoever saves a dict of them has tensors on a GPU where they are."""
+    planner = gpudcp.DefaultSavePlanner()
+    planner.set_up_planner({"weight": torch.nn.Parameter(torch.zeros(3)), "object": "text"})
+    assert PlannerSource(planner.create_local_plan().items, planner).devices() == {torch.device("cpu")}
+    planner.set_up_planner({"object": "text"})
+    assert PlannerSource(planner.create_local_plan().items, planner).devices() == set()

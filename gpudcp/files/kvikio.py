@@ -112,7 +112,8 @@ def register(tensor: torch.Tensor) -> None:
     Never a tensor of the caching allocator: cuFile would pin the whole segment that it lies in. The tensor is kept
     alive until `deregister`.
     """
-    _kvikio().memory_register(_DeviceBytes(tensor.data_ptr(), tensor.nbytes))
+    with _current(tensor.device):
+        _kvikio().memory_register(_DeviceBytes(tensor.data_ptr(), tensor.nbytes))
     _registered[tensor.data_ptr()] = tensor
 
 
@@ -121,7 +122,8 @@ def deregister(tensor: torch.Tensor) -> None:
 
     After an error the tensor is kept alive for good: cuFile may still know its memory.
     """
-    _kvikio().memory_deregister(_DeviceBytes(tensor.data_ptr(), tensor.nbytes))
+    with _current(tensor.device):
+        _kvikio().memory_deregister(_DeviceBytes(tensor.data_ptr(), tensor.nbytes))
     del _registered[tensor.data_ptr()]
 
 

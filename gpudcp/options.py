@@ -28,7 +28,8 @@ MOST_SLAB_NBYTES = 1 << 30
 class Options:
     """How bytes move. Memory taken by a transfer is ``lanes * slab_nbytes``, whatever the model's size.
 
-    The cuda executor takes it on the device and as pinned host memory, and keeps both for the next transfer.
+    The cuda executor takes it on the device and as pinned host memory, and keeps both for the next transfer: once for
+    each device where a state dict has tensors on several.
     """
 
     executor: Executor = "auto"
@@ -39,7 +40,7 @@ class Options:
     """One slab, and so the largest single read or write, in bytes: a multiple of 4096. None: 32 MiB on a device, on the
     host the request that `gpudcp.tune` found best, or 4 MiB."""
     lanes: int = 4
-    """Slabs in the ring: one being packed or unpacked, the others on their way."""
+    """Slabs in the ring, of which each device has its own: one being packed or unpacked, the others on their way."""
     threads: int | None = None
     """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2; in the
     background no more than leave one of this rank's cores to training."""

@@ -29,6 +29,9 @@ class SaveSource(Protocol):
 class LoadTarget(Protocol):
     """Takes the tensors of a load, by position of their read item. All calls come from the caller's own thread."""
 
+    def device_of(self, position: int) -> torch.device | None:
+        """Where the destination is, for an executor with several devices; None: nobody knows before `resolve`."""
+
     def resolve(self, position: int) -> torch.Tensor:
         """The destination, of the item's lengths. Called once each, just before the item's first byte is needed."""
 

@@ -1,19 +1,22 @@
 """The device executor: lanes of stream, device slab, host slab and I/O in flight. CUDA, or Triton's interpreter.
 
 A slab is packed and checksummed on the device while the ones before it are copied to the host and written; a load runs
-the same ring backwards. Where the device has no room for a slab, or runs out of memory later, the cpu executor takes
-over: a save starts over, a load goes on after the last read that was checked and committed.
+the same ring backwards. Several devices have a ring each, all of them driven by the calling thread. Where a device has
+no room for a slab, or runs out of memory later, the cpu executor takes over: a save starts over, a load goes on after
+the last read that was checked and committed.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from heapq import merge
-from itertools import chain, repeat
+from itertools import chain, cycle, repeat
 from typing import Any
+
+import torch
 
 from gpudcp.chunkplan.load import LoadChunkPlan
 from gpudcp.chunkplan.save import SaveChunkPlan, SaveFilePlan
@@ -29,12 +32,15 @@ from gpudcp.report import Stopwatch
 
 _logger = logging.getLogger("gpudcp")
 
-_NO_ROOM = "no room for slabs"
-_RAN_OUT = "out of memory in mid-transfer"
+_Rings = Mapping[torch.device, Sequence[Lane]]
 
 
 class DeviceExecutor:
-    """Packs and unpacks on one device; ``fallback`` is for a device without room.
+    """Packs and unpacks on devices, each with ``lanes`` slabs of its own; ``fallback`` is for one without room.
+
+    A file of a save is packed on the device of its group. A read of a load is unpacked on the device to which most of
+    its bytes go. What is on no device of these, or on another one than the file or the read is for, goes through the
+    host, a slab's part at a time.
 
     ``notes`` gets a sentence, for the report, for each thing that went otherwise than was chosen.
     """
@@ -43,7 +49,7 @@ class DeviceExecutor:
 
     def __init__(
         self,
-        device: Device,
+        devices: Sequence[Device],
         *,
         name: str,
         lanes: int,
@@ -58,27 +64,50 @@ class DeviceExecutor:
         self._notes = notes
         self._registers_slabs = registers_slabs
         self.slab_nbytes = slab_nbytes
-        self._device = device
+        self._devices = devices
         self._lanes = lanes
         self._threads = threads
         self._has_checksum = has_checksum
         self._fallback = fallback
 
-    def _prepare(self, lanes: Sequence[Lane]) -> None:
-        if not self._registers_slabs:
-            return
+    def _rings(self, stack: ExitStack, devices: Iterable[Device], *, slab_nbytes: int, least_nbytes: int) -> _Rings:
+        """Lanes of each of the devices, as long as the stack says.
+
+        Raises:
+            _NoRoomError: one of them has no room for a slab.
+        """
+        rings: dict[torch.device, Sequence[Lane]] = {}
+        for device in devices:
+            if device.torch_device in rings:
+                continue
+            lanes = stack.enter_context(
+                acquired(device, self._lanes, slab_nbytes=slab_nbytes, least_nbytes=least_nbytes)
+            )
+            if not lanes:
+                raise _NoRoomError(f"no room for slabs on {device.torch_device}")
+            rings[device.torch_device] = lanes
+        if self._registers_slabs:
+            for lanes in rings.values():
+                self._register(lanes)
+        return rings
+
+    def _register(self, lanes: Sequence[Lane]) -> None:
         try:
             for lane in lanes:
                 lane.register()
         except (RuntimeError, OSError, ValueError) as err:
             # Only slower: cuFile then moves the bytes through device memory of its own.
-            self._note(f"slabs are not registered with cuFile: {err}")
+            self._note(f"slabs on {lanes[0].device.torch_device} are not registered with cuFile: {err}")
+
+    def _ran_out(self) -> str:
+        return f"out of memory in mid-transfer on {' or '.join(str(device.torch_device) for device in self._devices)}"
 
     def _taken_over(self, why: str) -> Executor:
         """The fallback, which is from now on what a report names."""
-        give_up_idle(self._device)
+        for device in self._devices:
+            give_up_idle(device)
         self.name, self.checksum = self._fallback.name, self._fallback.checksum
-        self._note(f"the {self.name} executor took over: {why} on {self._device.torch_device}")
+        self._note(f"the {self.name} executor took over: {why}")
         return self._fallback
 
     def _note(self, text: str) -> None:
@@ -93,13 +122,13 @@ class DeviceExecutor:
         stopwatch: Stopwatch,
     ) -> list[FileReceipt]:
         try:
-            receipts, why = self._save(plan, source, open_file, stopwatch), _NO_ROOM
+            return self._save(plan, source, open_file, stopwatch)
+        except _NoRoomError as err:
+            why = str(err)
         except RuntimeError as err:
             if not is_out_of_memory(err):
                 raise
-            receipts, why = None, _RAN_OUT
-        if receipts is not None:
-            return receipts
+            why = self._ran_out()
         # Not while the error is handled: its traceback keeps what the attempt had on the device.
         return self._taken_over(why).save(plan, source, open_file, stopwatch)
 
@@ -109,35 +138,32 @@ class DeviceExecutor:
         source: SaveSource,
         open_file: Callable[[SaveFilePlan], FileWriter],
         stopwatch: Stopwatch,
-    ) -> list[FileReceipt] | None:
-        """Save by the device; None: it has no room for slabs. After an error no file is left."""
+    ) -> list[FileReceipt]:
+        """Save by the devices. After an error no file is left."""
         least = min(LEAST_SLAB_NBYTES, self.slab_nbytes)
+        devices = [self._devices[file.group] for file in plan.files]
         with ExitStack() as stack:
             with stopwatch.phase("slabs"):
-                lanes = stack.enter_context(
-                    acquired(self._device, self._lanes, slab_nbytes=self.slab_nbytes, least_nbytes=least)
-                )
-            if not lanes:
-                return None
-            self._prepare(lanes)
+                rings = self._rings(stack, devices, slab_nbytes=self.slab_nbytes, least_nbytes=least)
             writers = [stack.enter_context(open_file(file)) for file in plan.files]
-            pool = ThreadPoolExecutor(self._threads, "gpudcp-write", initializer=self._device.bind_thread)
+            pool = ThreadPoolExecutor(self._threads, "gpudcp-write")
             stack.callback(pool.shutdown, cancel_futures=True)
             packers = [
-                SlabPacker(file, source, self._device, has_checksum=self._has_checksum, stopwatch=stopwatch)
-                for file in plan.files
+                SlabPacker(file, source, device, has_checksum=self._has_checksum, stopwatch=stopwatch)
+                for file, device in zip(plan.files, devices, strict=True)
             ]
-            slab_nbytes = lanes[0].slab_nbytes
-            turns = _in_turn(plan.files, slab_nbytes, is_by_file=not source.keeps_memory)
-            for turn, (number, contents) in enumerate(turns):
-                lane = lanes[turn % len(lanes)]
+            own_lanes = {device: cycle(lanes) for device, lanes in rings.items()}
+            # A full device has smaller slabs than the others.
+            slab_nbytes = [rings[device.torch_device][0].slab_nbytes for device in devices]
+            for number, contents in _in_turn(plan.files, slab_nbytes, is_by_file=not source.keeps_memory):
+                lane = next(own_lanes[devices[number].torch_device])
                 with stopwatch.phase("write"):
                     lane.wait()
                 with stopwatch.phase("pack"):
                     packed = packers[number].fill(lane, contents)
                     lane.future = _sent(pool, writers[number], lane, contents, packed)
             with stopwatch.phase("write"):
-                for lane in lanes:
+                for lane in chain.from_iterable(rings.values()):
                     lane.wait()
             crcs = [packer.crcs() for packer in packers]
             with stopwatch.phase("fsync"):
@@ -152,43 +178,45 @@ class DeviceExecutor:
         open_file: Callable[[str], FileReader],
         stopwatch: Stopwatch,
     ) -> None:
-        load = DeviceLoad(plan, target, stopwatch)
+        load = DeviceLoad(plan, target, self._devices, stopwatch)
         try:
-            is_done, why = self._load(load, plan.slab_nbytes, open_file, stopwatch), _NO_ROOM
+            self._load(load, plan.slab_nbytes, open_file, stopwatch)
+            return
+        except _NoRoomError as err:
+            why = str(err)
         except RuntimeError as err:
             if not is_out_of_memory(err):
                 raise
-            is_done, why = False, _RAN_OUT
-        if not is_done:
-            self._taken_over(why).load(load.rest(), Resumed(target, load.uncommitted()), open_file, stopwatch)
+            why = self._ran_out()
+        self._taken_over(why).load(load.rest(), Resumed(target, load.uncommitted()), open_file, stopwatch)
 
     def _load(
         self, load: DeviceLoad, slab_nbytes: int, open_file: Callable[[str], FileReader], stopwatch: Stopwatch
-    ) -> bool:
-        """Load by the device; False: it has no room for slabs."""
+    ) -> None:
         with ExitStack() as stack:
             with stopwatch.phase("slabs"):
                 # A read is as long as the plan says: halved slabs would not hold it.
-                lanes = stack.enter_context(
-                    acquired(self._device, self._lanes, slab_nbytes=slab_nbytes, least_nbytes=slab_nbytes)
-                )
-            if not lanes:
-                return False
-            self._prepare(lanes)
-            pool = ThreadPoolExecutor(self._threads, "gpudcp-read", initializer=self._device.bind_thread)
+                rings = self._rings(stack, load.devices, slab_nbytes=slab_nbytes, least_nbytes=slab_nbytes)
+            pool = ThreadPoolExecutor(self._threads, "gpudcp-read")
             stack.callback(pool.shutdown, cancel_futures=True)
-            load.run(lanes, pool, open_file)
-        return True
+            load.run(rings, pool, open_file)
+
+
+class _NoRoomError(Exception):
+    """A device has no room for a slab."""
 
 
 def _in_turn(
-    files: Sequence[SaveFilePlan], slab_nbytes: int, *, is_by_file: bool
+    files: Sequence[SaveFilePlan], slab_nbytes: Sequence[int], *, is_by_file: bool
 ) -> Iterator[tuple[int, SlabContents]]:
-    """The slabs of all files, with the number of their file, so that all files grow at one pace.
+    """The slabs of all files, of each file's own length, with its number, so that all files grow at one pace.
 
     Or file by file: a tensor's slabs then come one after the other, and its memory is done with before the next one's.
     """
-    numbered = [zip(repeat(number), cut_into_slabs(file, slab_nbytes=slab_nbytes)) for number, file in enumerate(files)]
+    numbered = [
+        zip(repeat(number), cut_into_slabs(file, slab_nbytes=nbytes))
+        for number, (file, nbytes) in enumerate(zip(files, slab_nbytes, strict=True))
+    ]
     if is_by_file:
         return chain.from_iterable(numbered)
     return merge(*numbered, key=lambda each: each[1].byte_offset)
@@ -205,13 +233,14 @@ def _sent(
     if packed is None:
         return pool.submit(writer.write, host, contents.byte_offset)
     if isinstance(writer, DeviceFileWriter):
-        return pool.submit(_after, packed, writer.write_device, lane.slab(end), contents.byte_offset)
+        return pool.submit(_after, lane.device, packed, writer.write_device, lane.slab(end), contents.byte_offset)
     with lane.stream.current():
         lane.host.tensor[:nbytes].copy_(lane.slab(nbytes), non_blocking=True)
         lane.event = lane.stream.record()
-    return pool.submit(_after, lane.event, writer.write, host, contents.byte_offset)
+    return pool.submit(_after, lane.device, lane.event, writer.write, host, contents.byte_offset)
 
 
-def _after(event: Event, act: Callable[..., None], *args: Any) -> None:
+def _after(device: Device, event: Event, act: Callable[..., None], *args: Any) -> None:
+    device.bind_thread()
     event.synchronize()
     act(*args)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from math import prod
 from typing import NamedTuple
 
 import torch
 
 from gpudcp.chunkplan.load import NO_DESTINATION, ChunkRead, LoadChunkPlan, SlabRead
 from gpudcp.executors.base import LoadTarget
-from gpudcp.executors.devices import Event
+from gpudcp.executors.devices import Device, Event
 from gpudcp.executors.deviceunpacking import checksum_segments, unpack
 from gpudcp.executors.lanes import Lane
 from gpudcp.executors.unpacking import Destinations, unpack_host
@@ -24,20 +25,33 @@ from gpudcp.report import Stopwatch
 
 
 class DeviceLoad:
-    """Reads, the device's work and commits overlap; each of them is in the plan's order."""
+    """Reads, the devices' work and commits overlap; each of them is in the plan's order.
 
-    def __init__(self, plan: LoadChunkPlan, target: LoadTarget, stopwatch: Stopwatch) -> None:
+    So a read waits for a lane of its own device even while another one has lanes to spare.
+    """
+
+    def __init__(
+        self, plan: LoadChunkPlan, target: LoadTarget, devices: Sequence[Device], stopwatch: Stopwatch
+    ) -> None:
         self._plan = plan
-        self._free: list[Lane] = []
+        self._devices = devices
+        self._owners = _owners(plan, target, [device.torch_device for device in devices])
+        self._free: dict[torch.device, list[Lane]] = {}
         self._stopwatch = stopwatch
         self._destinations = Destinations(plan, target)
         self._checksums = Checksums(plan.checks)
         self._reading: deque[_Step] = deque()
         self._unpacking: deque[_Step] = deque()
-        self._unpacked: Event | None = None
+        self._unpacked: dict[torch.device, Event] = {}
         self._nunpacked = 0
         self._ncommitted = 0
         """Reads from the first one on whose payloads were checked, and whose items were committed if they are whole."""
+
+    @property
+    def devices(self) -> list[Device]:
+        """Those that have reads."""
+        owners = set(self._owners)
+        return [device for device in self._devices if device.torch_device in owners]
 
     def rest(self) -> LoadChunkPlan:
         """What is left to do after an error."""
@@ -47,12 +61,19 @@ class DeviceLoad:
         """The destinations that the rest begins with; they may have bytes already."""
         return self._destinations.uncommitted()
 
-    def run(self, lanes: Sequence[Lane], pool: ThreadPoolExecutor, open_file: Callable[[str], FileReader]) -> None:
-        self._free = list(lanes)
-        for read in self._plan.reads:
-            while not self._free:
+    def run(
+        self,
+        rings: Mapping[torch.device, Sequence[Lane]],
+        pool: ThreadPoolExecutor,
+        open_file: Callable[[str], FileReader],
+    ) -> None:
+        """Do all that the plan says, with at least one lane for each of `devices`."""
+        self._free = {device: list(lanes) for device, lanes in rings.items()}
+        for read, owner in zip(self._plan.reads, self._owners, strict=True):
+            free = self._free[owner]
+            while not free:
                 self._settle() if self._unpacking else self._unpack()
-            lane = self._free.pop()
+            lane = free.pop()
             lane.future = pool.submit(_read, open_file(read.path), read, lane)
             self._reading.append(_Step(read, lane))
             while self._reading and (future := self._reading[0].lane.future) is not None and future.done():
@@ -66,7 +87,8 @@ class DeviceLoad:
 
     def _unpack(self) -> None:
         """Begin the device's work on the oldest read."""
-        read, lane, _, _ = self._reading.popleft()
+        read, lane, *_ = self._reading.popleft()
+        device = lane.device.torch_device
         with self._stopwatch.phase("read"):
             first_byte = lane.wait()
         with self._stopwatch.phase("unpack"):
@@ -75,13 +97,17 @@ class DeviceLoad:
             on_device = [pair for pair in pairs if lane.device.owns(pair[1])]
             # Those of another device too: by the host's casts, and in pieces of a slab, as on the cpu executor.
             on_host = [pair for pair in pairs if not lane.device.owns(pair[1])]
+            elsewhere = self._reached_by(on_host, but=device)
             if first_byte is None and not on_device:
                 crcs = [crc32(lane.host.view[s.slab_offset : s.slab_offset + s.nbytes]) for s in read.segments]
-                self._unpacking.append(_Step(read, lane, on_host, torch.tensor(crcs, dtype=torch.int64)))
+                self._unpacking.append(_Step(read, lane, on_host, elsewhere, torch.tensor(crcs, dtype=torch.int64)))
                 return
+            # Where destinations share memory, the last read wins, whichever way its bytes and those before it go.
+            while any(device in earlier.elsewhere for earlier in self._unpacking):
+                self._settle()
             lane.stream.wait_for_caller()  # who may still be using the destinations
-            if self._unpacked is not None:
-                lane.stream.wait_for(self._unpacked)  # where destinations share memory, the last read wins
+            if (unpacked := self._unpacked.get(device)) is not None:
+                lane.stream.wait_for(unpacked)
             with lane.stream.current():
                 if first_byte is None:
                     lane.slab(read.nbytes).copy_(lane.host.tensor[: read.nbytes], non_blocking=True)
@@ -94,12 +120,17 @@ class DeviceLoad:
                     checksum_segments(lane, read, first_byte=at, stopwatch=self._stopwatch)
                 )
                 unpack(lane, read, on_device, first_byte=at, stopwatch=self._stopwatch)
-                lane.event = self._unpacked = lane.stream.record()
-            self._unpacking.append(_Step(read, lane, on_host, crcs_on_host))
+                lane.event = self._unpacked[device] = lane.stream.record()
+            self._unpacking.append(_Step(read, lane, on_host, elsewhere, crcs_on_host))
+
+    def _reached_by(self, on_host: Sequence[_Pair], *, but: torch.device) -> set[torch.device]:
+        """The devices, but for this one, that own some of the destinations."""
+        others = [device for device in self._devices if device.torch_device != but]
+        return {device.torch_device for device in others if any(device.owns(box) for _, box in on_host)}
 
     def _settle(self) -> None:
         """Wait for the device's oldest work; check, and commit what has come whole and right."""
-        read, lane, on_host, crcs = self._unpacking.popleft()
+        read, lane, on_host, _, crcs = self._unpacking.popleft()
         with self._stopwatch.phase("unpack"):
             lane.wait()
             for chunk, box in on_host:
@@ -110,7 +141,21 @@ class DeviceLoad:
             if self._checksums.are_settled:
                 self._destinations.commit_filled()
                 self._ncommitted = self._nunpacked
-        self._free.append(lane)
+        self._free[lane.device.torch_device].append(lane)
+
+
+def _owners(plan: LoadChunkPlan, target: LoadTarget, devices: Sequence[torch.device]) -> list[torch.device]:
+    """For each read the device to which most of its bytes go, as far as the target knows; the first one at a draw."""
+    if len(devices) == 1:
+        return [devices[0]] * len(plan.reads)
+    owners: list[torch.device] = []
+    for read in plan.reads:
+        nbytes: Counter[torch.device | None] = Counter()
+        for chunk in read.chunks:
+            if chunk.position != NO_DESTINATION:
+                nbytes[target.device_of(chunk.position)] += prod(chunk.lengths) * chunk.dtype.itemsize
+        owners.append(max(devices, key=nbytes.__getitem__))
+    return owners
 
 
 class Resumed:
@@ -119,6 +164,7 @@ class Resumed:
     def __init__(self, target: LoadTarget, resolved: dict[int, torch.Tensor]) -> None:
         self._resolved = resolved
         self._target = target
+        self.device_of = target.device_of
         self.commit = target.commit
 
     def resolve(self, position: int) -> torch.Tensor:
@@ -126,11 +172,16 @@ class Resumed:
         return self._target.resolve(position) if tensor is None else tensor
 
 
+_Pair = tuple[ChunkRead, torch.Tensor]
+
+
 class _Step(NamedTuple):
     read: SlabRead
     lane: Lane
-    on_host: Sequence[tuple[ChunkRead, torch.Tensor]] = ()
+    on_host: Sequence[_Pair] = ()
     """What the host unpacks, from the host slab."""
+    elsewhere: Collection[torch.device] = ()
+    """Other devices with lanes that it unpacks to."""
     crcs: torch.Tensor = torch.empty(0)
     """Of the read's segments, when the lane's work has ended."""
 
@@ -145,5 +196,6 @@ def _read(file: FileReader, read: SlabRead, lane: Lane) -> int | None:
     # that should be far faster than any file. Memory of expandable segments would need a trial of its own, tied
     # destinations would have to take turns, and none of it has run on a GPU yet.
     first_byte = read.byte_offset % SLAB_ALIGNMENT_NBYTES
+    lane.device.bind_thread()
     file.read_device(lane.slab(first_byte + read.nbytes), read.byte_offset - first_byte)
     return first_byte

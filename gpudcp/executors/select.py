@@ -38,6 +38,8 @@ class Selection(NamedTuple):
     """Why this executor and this way, one sentence each."""
     notes: Sequence[str] = ()
     """What went otherwise in the transfer; known when it is over."""
+    devices: Sequence[torch.device] = ()
+    """Those with lanes of their own; none: of the cpu executor."""
 
     @property
     def files(self) -> str:
@@ -66,20 +68,20 @@ def select(
     Raises:
         BackendUnavailableError: the options ask by name for what is not available.
     """
-    device, reason = _choose_device(options, devices)
-    on_gpu = None if device is None or device.type == "cpu" else device
+    chosen, reason = _choose_devices(options, devices)
+    on_gpu = next((device for device in chosen if device.type != "cpu"), None)
     choice = choose_files(options, directory, direction, on_gpu)
     threads = options.threads or _default_threads(choice.threads, is_beside_training=is_beside_training)
-    slab_nbytes = options.slab_nbytes or _slab_nbytes(device, choice.request_nbytes)
+    slab_nbytes = options.slab_nbytes or _slab_nbytes(chosen, choice.request_nbytes)
     executor: Executor = CpuExecutor(
         lanes=options.lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=options.checksum
     )
     notes: list[str] = []
-    if device is not None:
+    if chosen:
         executor = _device_executor(
-            device, executor, options, choice.way, threads=threads, slab_nbytes=slab_nbytes, notes=notes
+            chosen, executor, options, choice.way, threads=threads, slab_nbytes=slab_nbytes, notes=notes
         )
-    return Selection(executor, choice.way, threads, figures_name(on_gpu), (reason, choice.reason), notes)
+    return Selection(executor, choice.way, threads, figures_name(on_gpu), (reason, choice.reason), notes, chosen)
 
 
 def unavailable(executor: str) -> str | None:
@@ -101,40 +103,35 @@ def unavailable(executor: str) -> str | None:
     return None
 
 
-def _choose_device(
+def _choose_devices(
     options: Options, devices: Callable[[], Collection[torch.device] | None]
-) -> tuple[torch.device | None, str]:
-    """The device of the device executor (the host's: the interpreter), None for the cpu executor; and why."""
+) -> tuple[list[torch.device], str]:
+    """The devices of the device executor (the host's: the interpreter), none for the cpu executor; and why."""
     asked = options.executor
     if asked in ("cuda", "interpret") and (why := unavailable(asked)) is not None:
         raise BackendUnavailableError(f"Options(executor={asked!r}): {why}")
     if asked == "cpu":
-        return None, "Options(executor='cpu')"
+        return [], "Options(executor='cpu')"
     if asked == "interpret":
-        return torch.device("cpu"), "Options(executor='interpret')"
+        return [torch.device("cpu")], "Options(executor='interpret')"
     if asked == "auto" and not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return None, "the cpu executor: no tensor on a GPU"
+        return [], "the cpu executor: no tensor on a GPU"
     known = devices()
-    on_gpu = sorted({device for device in known or () if device.type == "cuda"}, key=str)
-    if asked == "cuda":
-        return (on_gpu or [_current()])[0], "Options(executor='cuda')"
-    if not on_gpu:
-        if known is not None:
-            return None, "the cpu executor: no tensor on a GPU"
-        on_gpu = [_current()]
-    if (why := unavailable("cuda")) is not None:
-        return None, f"the cpu executor: {why}"
-    reason = f"the cuda executor: tensors on {', '.join(map(str, on_gpu))}"
+    on_gpu = sorted({device for device in known or () if device.type == "cuda"}, key=lambda device: device.index or 0)
+    if asked == "auto" and known is not None and not on_gpu:
+        return [], "the cpu executor: no tensor on a GPU"
+    if asked == "auto" and (why := unavailable("cuda")) is not None:
+        return [], f"the cpu executor: {why}"
+    on_gpu = on_gpu or [_current()]
+    named = ", ".join(map(str, on_gpu))
+    reason = "Options(executor='cuda')" if asked == "cuda" else f"the cuda executor: tensors on {named}"
     if len(on_gpu) > 1:
-        # One ring, so that memory is bounded and a file has one order, whatever its tensors are on.
-        reason = (
-            f"{reason}; lanes on {on_gpu[0]}, what is on others goes through host memory, a part of a slab at a time"
-        )
-    return on_gpu[0], reason
+        reason = f"{reason}; {options.lanes} lanes, each with its slab of memory, on each of {len(on_gpu)} GPUs"
+    return on_gpu, reason
 
 
 def _device_executor(
-    device: torch.device,
+    devices: Sequence[torch.device],
     fallback: Executor,
     options: Options,
     way: Way,
@@ -143,15 +140,16 @@ def _device_executor(
     slab_nbytes: int,
     notes: list[str],
 ) -> Executor:
-    if device.type == "cpu":
+    is_interpreting = devices[0].type == "cpu"
+    if is_interpreting:
         os.environ["TRITON_INTERPRET"] = "1"
     # Only now: these import triton.
     from gpudcp.executors.cuda import DeviceExecutor
     from gpudcp.executors.devices import CudaDevice, InterpretedDevice
 
     return DeviceExecutor(
-        InterpretedDevice() if device.type == "cpu" else CudaDevice(device),
-        name="interpret" if device.type == "cpu" else "cuda",
+        [InterpretedDevice()] if is_interpreting else [CudaDevice(device) for device in devices],
+        name="interpret" if is_interpreting else "cuda",
         lanes=options.lanes,
         threads=threads,
         slab_nbytes=slab_nbytes,
@@ -172,9 +170,9 @@ def _current() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def _slab_nbytes(device: torch.device | None, request_nbytes: int | None) -> int:
+def _slab_nbytes(devices: Sequence[torch.device], request_nbytes: int | None) -> int:
     """What a slab has where nobody says. Each is one request to a file."""
-    if device is not None:
+    if devices:
         return DEVICE_SLAB_NBYTES  # what a launch costs asks for more than any file does
     if request_nbytes is None or request_nbytes % SLAB_ALIGNMENT_NBYTES:
         return HOST_SLAB_NBYTES

@@ -198,13 +198,16 @@ class GpuStorageWriter(StorageWriter):
                 devices=source.devices,
                 is_beside_training=self._is_beside_training,
             )
-            # Writes through the page cache to one file wait for each other, so every thread gets a file of its own.
-            nfiles = max(1, min(selection.threads, self.options.lanes // 2)) if selection.way == "buffered" else 1
-            names = self._unused_names(plan.storage_data, nfiles)
-            executor = selection.executor
+            executor, devices = selection.executor, selection.devices
             if self._writer_process is not None:
-                executor = self._remote(self._writer_process, selection)
-            chunk_plan = plan_save(items, literals, paths=names, slab_nbytes=executor.slab_nbytes)
+                executor, devices = self._remote(self._writer_process, selection), ()
+            # A file is packed on one device; and writes through the page cache to one file wait for each other, so
+            # every thread gets a file of its own.
+            nrings = max(1, len(devices))
+            nfiles = min(selection.threads, nrings * self.options.lanes // 2) if selection.way == "buffered" else 1
+            names = self._unused_names(plan.storage_data, max(nrings, nfiles))
+            groups = source.groups(devices)
+            chunk_plan = plan_save(items, literals, paths=names, slab_nbytes=executor.slab_nbytes, groups=groups)
 
         def open_file(file: SaveFilePlan) -> FileWriter:
             path = os.path.join(self.path, file.path)

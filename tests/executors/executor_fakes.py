@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from gpudcp.chunkplan.save import LiteralWrite, SaveChunkPlan, SaveFilePlan, plan_save
 from gpudcp.errors import CheckpointNotFoundError, TransferError
+from gpudcp.executors.devices import Event, InterpretedDevice, Stream
+from gpudcp.executors.slabs import HostSlab
 from gpudcp.files.base import FileReader, FileWriter
 from gpudcp.files.posix import PosixReader, PosixWriter
 
@@ -201,6 +203,37 @@ class _MemoryReader:
         into[:] = data
 
 
+class DeviceFiles(MemoryBackend):
+    """Files that take device memory too, and refuse what KvikIO would."""
+
+    def __init__(self) -> None:
+        super().__init__(alignment_nbytes=4096)
+        self.moved: list[Call] = []
+
+    def create(self, file: SaveFilePlan) -> FileWriter:
+        writer: Any = super().create(file)
+
+        def write_device(tensor: torch.Tensor, byte_offset: int) -> None:
+            assert tensor.dtype == torch.uint8
+            self.moved.append(Call("write", file.path, byte_offset, tensor.nbytes, tensor.data_ptr()))
+            writer.write(memoryview(tensor.numpy()), byte_offset)
+
+        writer.write_device = write_device
+        return writer  # type: ignore[no-any-return]
+
+    def open(self, path: str) -> FileReader:
+        reader: Any = super().open(path)
+
+        def read_device(into: torch.Tensor, byte_offset: int) -> None:
+            assert into.data_ptr() % 4096 == byte_offset % 4096 == 0
+            self.moved.append(Call("read", path, byte_offset, into.nbytes, into.data_ptr()))
+            reader.read(memoryview(into.numpy()), byte_offset)
+
+        reader.nbytes = len(self.content(path))
+        reader.read_device = read_device
+        return reader  # type: ignore[no-any-return]
+
+
 class PosixBackend:
     """The real thing, in a directory."""
 
@@ -226,6 +259,81 @@ class PosixBackend:
         return sorted(os.listdir(self._directory))
 
 
+class OneOfSeveral(InterpretedDevice):
+    """Host memory as one of several devices: its own tensors are those that were placed on it.
+
+    Its streams wait for no other device's events, and a pool's threads for none unless they are bound to its device.
+    """
+
+    def __init__(self, number: int, *, most_nbytes: int = 1 << 40) -> None:
+        self.torch_device = torch.device("cpu", number)
+        self.most_nbytes = most_nbytes
+        """Of one slab, with its margins, beyond which the device has no room."""
+        self._placed: dict[int, torch.Tensor] = {}
+        self._slabs: list[torch.Tensor] = []
+
+    def place(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy that is the device's, as long as the device lives."""
+        copy = tensor.clone()
+        self._placed[copy.untyped_storage().data_ptr()] = copy
+        return copy
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._placed
+
+    def holds(self, address: int) -> bool:
+        """Whether a lane of this device has this address in one of its slabs."""
+        return any(slab.data_ptr() <= address < slab.data_ptr() + slab.nbytes for slab in self._slabs)
+
+    def new_slab(self, nbytes: int) -> torch.Tensor:
+        if nbytes > self.most_nbytes:
+            raise torch.OutOfMemoryError("full")
+        self._slabs.append(super().new_slab(nbytes))
+        return self._slabs[-1]
+
+    def new_host_slab(self, nbytes: int) -> HostSlab:
+        slab = super().new_host_slab(nbytes)
+        self._slabs.append(slab.tensor)
+        return slab
+
+    def new_stream(self) -> Stream:
+        return _StreamOfOne(self.torch_device, super().new_stream())
+
+    def bind_thread(self) -> None:
+        _bound.device = self.torch_device
+
+
+_bound = threading.local()
+
+
+class _StreamOfOne:
+    def __init__(self, device: torch.device, inner: Stream) -> None:
+        self._device, self._inner = device, inner
+        self.current, self.wait_for_caller = inner.current, inner.wait_for_caller
+
+    def wait_for(self, event: Event) -> None:
+        assert isinstance(event, _EventOfOne)
+        assert event.device == self._device, "an event of another device"
+
+    def record(self) -> Event:
+        return _EventOfOne(self._device)
+
+
+class _EventOfOne:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        if threading.current_thread().name.startswith("gpudcp-"):
+            assert _bound.device == self.device, "a thread that is bound to another device"
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+]
+
+
 Entry = torch.Tensor | tuple[torch.Tensor, torch.dtype] | bytes
 """Something to save: a tensor as it is or cast, or literal bytes."""
 
@@ -245,7 +353,12 @@ class Source:
 
 
 def save_of(
-    entries: Sequence[Entry], *, slab_nbytes: int, path: str = "file", more_paths: Sequence[str] = ()
+    entries: Sequence[Entry],
+    *,
+    slab_nbytes: int,
+    path: str = "file",
+    more_paths: Sequence[str] = (),
+    groups: Sequence[int] | None = None,
 ) -> tuple[SaveChunkPlan, Source]:
     """The plan that writes these entries, and the source of its tensors."""
     tensors: dict[int, torch.Tensor] = {}
@@ -265,7 +378,8 @@ def save_of(
             size=tensor.shape,
         )
         items.append(WriteItem(index=index, type=WriteItemType.TENSOR, tensor_data=data))
-    return plan_save(items, literals, paths=[path, *more_paths], slab_nbytes=slab_nbytes), Source(tensors)
+    plan = plan_save(items, literals, paths=[path, *more_paths], slab_nbytes=slab_nbytes, groups=groups)
+    return plan, Source(tensors)
 
 
 def naive_file(plan: SaveFilePlan, source: Source, *, has_checksum: bool = True) -> tuple[bytes, list[int | None]]:
@@ -329,6 +443,10 @@ class Target:
     on_event: Callable[[str, int], None] = lambda _kind, _position: None
     most_open: int = 0
     """The most positions that were resolved and not yet committed at one time."""
+    known_devices: dict[int, torch.device] = field(default_factory=dict)
+
+    def device_of(self, position: int) -> torch.device | None:
+        return self.known_devices.get(position)
 
     def resolve(self, position: int) -> torch.Tensor:
         self._record("resolve", position)

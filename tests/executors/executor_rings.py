@@ -8,13 +8,21 @@ from dataclasses import dataclass
 from gpudcp.executors.base import Executor
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.cuda import DeviceExecutor
-from gpudcp.executors.devices import InterpretedDevice
+from gpudcp.executors.devices import Device, InterpretedDevice
 
 
-def _interpreted(*, lanes: int, threads: int, slab_nbytes: int, has_checksum: bool) -> Executor:
+def executor_of(
+    *devices: Device,
+    slab_nbytes: int = 8192,
+    lanes: int = 2,
+    threads: int = 2,
+    has_checksum: bool = True,
+    notes: list[str] | None = None,
+) -> DeviceExecutor:
+    """A device executor whose fallback is the cpu executor."""
     fallback = CpuExecutor(lanes=lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=has_checksum)
     return DeviceExecutor(
-        InterpretedDevice(),
+        devices,
         name="interpret",
         lanes=lanes,
         threads=threads,
@@ -22,7 +30,13 @@ def _interpreted(*, lanes: int, threads: int, slab_nbytes: int, has_checksum: bo
         has_checksum=has_checksum,
         registers_slabs=False,
         fallback=fallback,
-        notes=[],
+        notes=[] if notes is None else notes,
+    )
+
+
+def _interpreted(*, lanes: int, threads: int, slab_nbytes: int, has_checksum: bool) -> Executor:
+    return executor_of(
+        InterpretedDevice(), lanes=lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=has_checksum
     )
 
 

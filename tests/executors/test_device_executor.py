@@ -11,23 +11,33 @@ from typing import Any
 
 import pytest
 import torch
-from executor_fakes import Call, Entry, Files, MemoryBackend, Source, Target, naive_file, random_tensor, save_of
-from executor_rings import _interpreted
+from executor_fakes import (
+    OUT_OF_MEMORY,
+    DeviceFiles,
+    Entry,
+    Files,
+    MemoryBackend,
+    Source,
+    Target,
+    naive_file,
+    random_tensor,
+    save_of,
+)
+from executor_rings import _interpreted, executor_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import LoadChunkPlan, PayloadCheck, ReadRequest, plan_load
-from gpudcp.chunkplan.save import ChunkWrite, SaveFilePlan
+from gpudcp.chunkplan.save import ChunkWrite
 from gpudcp.errors import CorruptCheckpointError, TransferError
 from gpudcp.executors import compiling, devicepacking, deviceunpacking
 from gpudcp.executors import lanes as lanes_of_process
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.cuda import DeviceExecutor
-from gpudcp.executors.devices import Device, Event, InterpretedDevice, Stream
+from gpudcp.executors.devices import Event, InterpretedDevice, Stream
 from gpudcp.executors.slabs import HostSlab
-from gpudcp.files.base import FileReader, FileWriter
 from gpudcp.formats.checksum import crc32
 from gpudcp.report import Stopwatch
 
@@ -46,55 +56,6 @@ def placed(tensor: torch.Tensor, *, is_on_device: bool) -> torch.Tensor:
     memory = torch.zeros(tensor.nbytes + 64, dtype=torch.uint8)
     first = -memory.data_ptr() % 32 + (0 if is_on_device else 16)
     return memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-
-
-def executor_of(
-    device: Device, *, slab_nbytes: int = 8192, lanes: int = 2, threads: int = 2, notes: list[str] | None = None
-) -> DeviceExecutor:
-    """A device executor whose fallback is the cpu executor."""
-    fallback = CpuExecutor(lanes=lanes, threads=threads, slab_nbytes=slab_nbytes, has_checksum=True)
-    return DeviceExecutor(
-        device,
-        name="interpret",
-        lanes=lanes,
-        threads=threads,
-        slab_nbytes=slab_nbytes,
-        has_checksum=True,
-        registers_slabs=False,
-        fallback=fallback,
-        notes=[] if notes is None else notes,
-    )
-
-
-class DeviceFiles(MemoryBackend):
-    """Files that take device memory too, and refuse what KvikIO would."""
-
-    def __init__(self) -> None:
-        super().__init__(alignment_nbytes=4096)
-        self.moved: list[Call] = []
-
-    def create(self, file: SaveFilePlan) -> FileWriter:
-        writer: Any = super().create(file)
-
-        def write_device(tensor: torch.Tensor, byte_offset: int) -> None:
-            assert tensor.dtype == torch.uint8
-            self.moved.append(Call("write", file.path, byte_offset, tensor.nbytes, tensor.data_ptr()))
-            writer.write(memoryview(tensor.numpy()), byte_offset)
-
-        writer.write_device = write_device
-        return writer  # type: ignore[no-any-return]
-
-    def open(self, path: str) -> FileReader:
-        reader: Any = super().open(path)
-
-        def read_device(into: torch.Tensor, byte_offset: int) -> None:
-            assert into.data_ptr() % 4096 == byte_offset % 4096 == 0
-            self.moved.append(Call("read", path, byte_offset, into.nbytes, into.data_ptr()))
-            reader.read(memoryview(into.numpy()), byte_offset)
-
-        reader.nbytes = len(self.content(path))
-        reader.read_device = read_device
-        return reader  # type: ignore[no-any-return]
 
 
 def saved_by(executor: DeviceExecutor, entries: Sequence[Entry], backend: MemoryBackend) -> Source:
@@ -364,7 +325,7 @@ def test_slabs_that_cufile_does_not_register_are_used_as_they_are(
     executor.load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
     assert [target.committed[n] for n in (0, 1)] == [each.numpy().tobytes() for each in entries]
     assert executor.name == "interpret"
-    assert notes == ["slabs are not registered with cuFile: GPU memory pinning failed"] * 2
+    assert notes == ["slabs on cpu are not registered with cuFile: GPU memory pinning failed"] * 2
     assert len(caplog.records) == 2
 
 
@@ -412,12 +373,6 @@ def test_without_room_the_fallback_takes_over_and_a_report_can_say_so() -> None:
     executor.load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
     assert (executor.name, executor.checksum) == ("cpu", CpuExecutor.checksum)
     assert [target.committed[n] for n in (0, 1)] == [each.numpy().tobytes() for each in entries]
-
-
-OUT_OF_MEMORY = [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
-    RuntimeError("Triton Error [CUDA]: out of memory"),
-]
 
 
 @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["torch", "triton"])

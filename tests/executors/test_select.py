@@ -12,6 +12,7 @@ import torch
 from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors import select as select_module
 from gpudcp.executors.cpu import CpuExecutor
+from gpudcp.executors.cuda import DeviceExecutor
 from gpudcp.executors.select import Selection, select, unavailable
 from gpudcp.files.tune import Choice
 from gpudcp.options import Options
@@ -48,13 +49,35 @@ def test_auto_falls_back_where_kernels_cannot_run_and_says_why(tmp_path: Path, m
 
 
 def test_tensors_on_several_gpus_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One has the lanes; the others' way through host memory is slower."""
+    """Each has lanes, which take memory; in the order of their numbers, whatever the set's."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(select_module, "unavailable", lambda _: None)
-    both = {torch.device("cuda", 1), torch.device("cuda", 0)}
-    device, reason = select_module._choose_device(Options(), lambda: both)
-    assert device == torch.device("cuda", 0)
-    assert reason.startswith("the cuda executor: tensors on cuda:0, cuda:1; lanes on cuda:0, what is on others goes")
+    some = {torch.device("cuda", number) for number in (10, 2, 0)} | CPU
+    devices, reason = select_module._choose_devices(Options(lanes=3), lambda: some)
+    assert list(map(str, devices)) == ["cuda:0", "cuda:2", "cuda:10"]
+    more = "3 lanes, each with its slab of memory, on each of 3 GPUs"
+    assert reason == f"the cuda executor: tensors on cuda:0, cuda:2, cuda:10; {more}"
+    assert select_module._choose_devices(Options(executor="cuda", lanes=3), lambda: some) == (
+        devices,
+        f"Options(executor='cuda'); {more}",
+    )
+
+
+def test_each_gpu_gets_a_device_of_the_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are chosen by the first; interpreted, there is one device."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(select_module, "unavailable", lambda _: None)
+    monkeypatch.setattr(select_module, "figures_name", str)
+    asked: list[torch.device | None] = []
+    choice = Choice("buffered", 8, None, "measured")
+    monkeypatch.setattr(select_module, "choose_files", lambda *given: asked.append(given[-1]) or choice)
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    found = selected(Options(), tmp_path, {second, first})
+    assert isinstance(found.executor, DeviceExecutor)
+    assert [device.torch_device for device in found.executor._devices] == found.devices == [first, second]
+    assert (asked, found.device) == ([first], "cuda:0")
+    assert selected(Options(executor="interpret"), tmp_path, {second, first}).devices == [torch.device("cpu")]
+    assert selected(Options(executor="cpu"), tmp_path, {second, first}).devices == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

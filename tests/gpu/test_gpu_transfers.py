@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from gpu_cases import DEVICE
-from gpu_states import EXECUTOR, bits, blank, data_files, differences, load, mixed_state, save
+from gpu_states import EXECUTOR, State, bits, blank, data_files, differences, load, mixed_state, save
 
 from gpudcp.errors import CorruptCheckpointError
 from gpudcp.planners import DefaultSavePlanner
@@ -107,15 +107,72 @@ def test_auto_takes_the_cuda_executor_and_says_so(tmp_path: Path) -> None:
     assert save({"weight": torch.zeros(3)}, tmp_path / "host").executor == "cpu"
 
 
-def test_tensors_of_two_devices_go_into_one_checkpoint(tmp_path: Path) -> None:
-    """Those of the second by way of the first."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    state = {f"on {n}": torch.randn(500, 300, device=f"cuda:{n}") for n in range(2)}
-    save(state, tmp_path, executor=EXECUTOR)
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+
+
+def state_of_two_devices() -> State:
+    """Layers on one and the other in turn, large and small, with what belongs to neither between them."""
+    state: State = {}
+    for layer in range(12):
+        device = f"cuda:{layer % 2}"
+        state[f"layers.{layer}.weight"] = torch.randn(500 + layer, 300, device=device)
+        state[f"layers.{layer}.bias"] = torch.randn(300 + layer, device=device).to(torch.bfloat16)
+        state[f"layers.{layer}.step"] = torch.tensor(float(layer))
+    return state | {"empty": torch.empty(0, 3, device="cuda:1")}
+
+
+@two_gpus
+@pytest.mark.parametrize("options", RINGS, ids=["defaults", "small slabs"])
+@pytest.mark.parametrize("current", [0, 1])
+def test_tensors_of_two_devices_go_into_one_checkpoint(tmp_path: Path, options: dict[str, Any], current: int) -> None:
+    """Each by lanes of its own, into files of its own; stock reads them, and so does whoever has them exchanged."""
+    state = state_of_two_devices()
+    with torch.cuda.device(current):
+        saved = save(state, tmp_path, executor=EXECUTOR, **options)
+        assert saved.executor == EXECUTOR
+        assert saved.reasons[0].endswith("on each of 2 GPUs")
+        assert len(data_files(tmp_path)) >= 2
+        exchanged = {
+            name: torch.zeros_like(each, device=f"cuda:{1 - each.device.index}" if each.is_cuda else "cpu")
+            for name, each in state.items()
+        }
+        for places in (blank(state), exchanged):
+            loaded = load(places, tmp_path, executor=EXECUTOR, **options)
+            assert (loaded.executor, len(loaded.reasons)) == (EXECUTOR, 2), "nothing went otherwise than was chosen"
+            assert differences(state, places) == []
+    by_stock = blank(state)
+    dcp.load(by_stock, checkpoint_id=tmp_path)
+    assert differences(state, by_stock) == []
+
+
+@two_gpus
+def test_what_stock_saved_is_loaded_onto_two_devices(tmp_path: Path) -> None:
+    """One file, whose reads have tensors of both: each goes where most of it belongs."""
+    state = state_of_two_devices()
+    dcp.save(state, checkpoint_id=tmp_path)
     places = blank(state)
-    load(places, tmp_path, executor=EXECUTOR)
+    load(places, tmp_path, executor=EXECUTOR, slab_nbytes=1 << 20)
     assert differences(state, places) == []
+
+
+@two_gpus
+def test_the_streams_of_two_devices_are_waited_for(tmp_path: Path) -> None:
+    """What the caller has queued on either of them, by whichever stream is the current one there."""
+    states = [torch.zeros(1 << 22, device=f"cuda:{number}") for number in range(2)]
+    matrices = [torch.randn(4096, 4096, device=f"cuda:{number}") for number in range(2)]
+    streams = [torch.cuda.Stream(number) for number in range(2)]
+    for number in range(2):
+        torch.cuda.synchronize(number)
+    with torch.cuda.stream(streams[0]), torch.cuda.stream(streams[1]):
+        for state, matrix, stream in zip(states, matrices, streams, strict=True):
+            with torch.cuda.stream(stream):
+                for _ in range(20):
+                    torch.mm(matrix, matrix)
+                state += 1
+        save({str(number): state for number, state in enumerate(states)}, tmp_path, executor=EXECUTOR)
+    loaded = {str(number): torch.zeros(1 << 22) for number in range(2)}
+    load(loaded, tmp_path)
+    assert all(bool((each == 1).all()) for each in loaded.values())
 
 
 @pytest.mark.parametrize("files", ["posix", "kvikio", pytest.param("gds", marks=pytest.mark.gds)])

@@ -19,12 +19,12 @@ from gpudcp.formats.dtypes import QUANTIZED_DTYPES, is_savable
 from gpudcp.items import template_number
 from gpudcp.names import Names
 from gpudcp.planners.casts import CastRule
+from gpudcp.planners.facts import PLAIN_TYPES, SIMPLE_TYPES, Facts, facts_of
 from gpudcp.planners.items import row_at, write_items_for
 
-_PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 _CONTAINERS = (Mapping, list, tuple)
 # Neither containers nor ShardedTensors: what most values are is decided by type, once.
-_LEAVES = {*_PLAIN_TYPES, DTensor, int, float, str, bytes, bool, type(None)}
+_LEAVES = PLAIN_TYPES | SIMPLE_TYPES | {DTensor}
 
 
 def flattened(
@@ -97,8 +97,12 @@ class LocalItems(NamedTuple):
 class LocalItemsMaker:
     """Makes a rank's items; what it has seen once, such as a DTensor's place in its mesh, is not computed again."""
 
-    def __init__(self, casts: CastRule | None) -> None:
+    def __init__(self, casts: CastRule | None, *, remembers: bool = False) -> None:
+        """``remembers``: most state dicts are as the one before, and then only what decides the items is looked at."""
         self._casts = casts
+        # A rule may be anybody's function of the keys, and is asked every time.
+        self._remembers = remembers and casts is None
+        self._last: tuple[Facts, LocalItems] | None = None
         self._has_accelerator = False
         self._names = Names((), None)
         self._forget()
@@ -116,10 +120,21 @@ class LocalItemsMaker:
         Raises:
             PlanError: a value cannot be saved; it names the key.
         """
-        if max(len(self._table), len(self._specs)) > 4 * len(state_dict) + _FEW:
-            self._forget()  # shapes, or meshes, that change with every save
         # Without one, nothing is pinned, and each tensor need not be asked.
         self._has_accelerator = torch.accelerator.is_available()
+        if not self._remembers or (found := facts_of(state_dict, has_accelerator=self._has_accelerator)) is None:
+            return self._made(state_dict, paths)
+        facts, tensors = found
+        if self._last is not None and self._last[0] == facts and self._last[1].columns.names.paths == paths:
+            made = self._last[1]
+            return made._replace(tensors={fqn: tensors[fqn] for fqn in made.tensors}, values=dict(state_dict))
+        made = self._made(state_dict, paths)
+        self._last = facts, made
+        return made
+
+    def _made(self, state_dict: Mapping[str, Any], paths: Mapping[str, Path] | None) -> LocalItems:
+        if max(len(self._table), len(self._specs)) > 4 * len(state_dict) + _FEW:
+            self._forget()  # shapes, or meshes, that change with every save
         names: list[str] = []
         name_ids: list[int] = []
         numbers: list[int] = []
@@ -127,7 +142,7 @@ class LocalItemsMaker:
         offsets: dict[str, Sizes] = {}
         for fqn, value in state_dict.items():
             kind = type(value)
-            if kind in _PLAIN_TYPES and value.layout is torch.strided and not value.is_nested:
+            if kind in PLAIN_TYPES and value.layout is torch.strided and not value.is_nested:
                 number, start = self._plain(fqn, value)
                 tensors[fqn] = value
             elif kind is DTensor and type((parts := dtensor_parts(value))[0]) is torch.Tensor:
@@ -247,6 +262,6 @@ def is_whole(value: object) -> bool:
         return False
     if hasattr(value, "__create_write_items__"):
         return False
-    if type(value) in _PLAIN_TYPES:
+    if type(value) in PLAIN_TYPES:
         return value.layout != torch.strided or value.is_nested
     return True

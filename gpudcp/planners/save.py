@@ -68,7 +68,7 @@ class DefaultSavePlanner(SavePlanner):
         self.global_plan: list[SavePlan] = []
         self.metadata: Metadata | None = None
         self.casts = None if dtype is None else CastRule.of(dtype)
-        self._maker = LocalItemsMaker(self.casts)
+        self._maker = LocalItemsMaker(self.casts, remembers=enable_plan_caching)
         self._takes_columns = False
         self._local: LocalItems | None = None
         self._cache = PlanCache(is_flattened=flatten_state_dict) if enable_plan_caching else None

@@ -34,7 +34,6 @@ __all__ = [
     "ShardedTensor",
     "StorageInfo",
     "StreamTransformExtension",
-    "dtensor_facts",
     "dtensor_parts",
     "dtensor_with_local",
     "flatten_as_torch_2_3",
@@ -43,8 +42,10 @@ __all__ = [
     "group_timeout",
     "item_extras",
     "local_box",
+    "local_tensor_of",
     "new_gloo_group",
     "set_element",
+    "spec_of",
     "storage_info",
 ]
 
@@ -91,8 +92,8 @@ def dtensor_parts(tensor: DTensor) -> tuple[torch.Tensor, Any]:
     return local, tensor._spec
 
 
-dtensor_facts = attrgetter("_local_tensor", "_spec", "requires_grad")
-"""The local tensor as it is, and what else of a DTensor decides what is saved of it; at the speed of C."""
+local_tensor_of, spec_of = attrgetter("_local_tensor"), attrgetter("_spec")
+"""The same two of a DTensor, the local tensor as it is; for ``map``, at the speed of C."""
 
 
 def dtensor_with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:

@@ -9,52 +9,62 @@ from typing import Any, NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from gpudcp._dcp import dtensor_facts
+from gpudcp._dcp import local_tensor_of, spec_of
 
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 SIMPLE_TYPES = frozenset({int, float, str, bytes, bool, type(None)})
-_TENSOR_FACTS = attrgetter("shape", "dtype", "requires_grad", "layout")
-_IS_NESTED = attrgetter("is_nested")
+
+_SHAPE, _DTYPE, _LAYOUT = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
+_REQUIRES_GRAD, _IS_NESTED = attrgetter("requires_grad"), attrgetter("is_nested")
 
 
 class Facts(NamedTuple):
-    """Equal facts are the same items. Of a value that is neither a tensor nor a DTensor only its type counts."""
+    """Equal facts are the same items. Of a value that is neither a tensor nor a DTensor only its type counts.
 
-    keys: tuple[str, ...]
+    A list for each fact rather than a tuple for each tensor: nothing is made for a tensor.
+    """
+
+    keys: list[str]
     kinds: list[type]
-    of_dtensors: list[tuple[Any, ...]]
-    of_tensors: list[tuple[Any, ...]]
-    """Of plain tensors and of the DTensors' local ones."""
+    specs: list[Any]
+    """Of the DTensors."""
+    layouts: list[torch.layout]
+    """Of the plain tensors."""
+    shapes: list[torch.Size]
+    """Of the DTensors' local tensors, then of the plain ones; dtypes too, and which are pinned."""
+    dtypes: list[torch.dtype]
+    require_grad: list[bool]
+    """The DTensors themselves, then the plain ones."""
     are_pinned: list[bool]
 
 
 def facts_of(state_dict: Mapping[str, Any], *, has_accelerator: bool) -> tuple[Facts, dict[str, torch.Tensor]] | None:
     """The facts, and the memory of each tensor by its key; None for a state dict with values that have to be asked."""
-    kinds = list(map(type, state_dict.values()))
-    if not set(kinds) <= _KNOWN_TYPES:
+    keys, values = list(state_dict), list(state_dict.values())
+    kinds = list(map(type, values))
+    found = set(kinds)
+    if not found <= _KNOWN_TYPES:
         return None
-    dtensors = [value for kind, value in zip(kinds, state_dict.values(), strict=True) if kind is DTensor]
-    found = list(map(dtensor_facts, dtensors))
-    local_tensors = [facts[0] for facts in found]
-    if not set(map(type, local_tensors)) <= {torch.Tensor}:
+    distributed, plain = dict(zip(keys, values, strict=True)), {}
+    if found != {DTensor}:
+        distributed = {key: value for key, value, kind in zip(keys, values, kinds, strict=True) if kind is DTensor}
+        plain = {key: value for key, value, kind in zip(keys, values, kinds, strict=True) if kind in PLAIN_TYPES}
+    local = list(map(local_tensor_of, distributed.values()))
+    if not set(map(type, local)) <= {torch.Tensor} or any(map(_IS_NESTED, plain.values())):  # which has no shape
         return None
-    locals_of = iter(local_tensors)
-    tensors = {
-        key: next(locals_of) if kind is DTensor else value
-        for kind, (key, value) in zip(kinds, state_dict.items(), strict=True)
-        if kind not in SIMPLE_TYPES
-    }
-    if any(map(_IS_NESTED, tensors.values())):  # it has no shape
-        return None
+    tensors = [*local, *plain.values()]
     facts = Facts(
-        keys=tuple(state_dict),
+        keys=keys,
         kinds=kinds,
-        of_dtensors=[facts[1:] for facts in found],
-        of_tensors=list(map(_TENSOR_FACTS, tensors.values())),
+        specs=list(map(spec_of, distributed.values())),
+        layouts=list(map(_LAYOUT, plain.values())),
+        shapes=list(map(_SHAPE, tensors)),
+        dtypes=list(map(_DTYPE, tensors)),
+        require_grad=list(map(_REQUIRES_GRAD, [*distributed.values(), *plain.values()])),
         # Without an accelerator nothing is.
-        are_pinned=[tensor.is_pinned() for tensor in tensors.values()] if has_accelerator else [],
+        are_pinned=[tensor.is_pinned() for tensor in tensors] if has_accelerator else [],
     )
-    return facts, tensors
+    return facts, dict(zip([*distributed, *plain], tensors, strict=True))
 
 
 _KNOWN_TYPES = PLAIN_TYPES | SIMPLE_TYPES | {DTensor}

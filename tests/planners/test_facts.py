@@ -84,6 +84,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "placements": lambda values: values.update(
         sharded=DTensor.from_local(torch.ones(2, 3), values["sharded"].device_mesh, [Replicate()], run_check=False)
     ),
+    "a shard's gradient": lambda values: values["sharded"].requires_grad_(True),
     "a shard's dtype": lambda values: values.update(
         sharded=DTensor.from_local(torch.ones(2, 3).half(), values["sharded"].device_mesh, [Shard(0)], run_check=False)
     ),

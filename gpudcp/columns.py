@@ -60,7 +60,7 @@ class Templates:
     heads: Int32
     boxes: Int64
     properties: tuple[TensorProperties, ...]
-    packed: bytes | None = field(default=None, repr=False, compare=False)
+    packed: bytes | None = field(default=None, init=False, repr=False, compare=False)
     """All of it, from the first time on that it travelled: what a coordinator gets it sends back."""
 
     @property
@@ -97,9 +97,9 @@ class Templates:
 
 def _unpacked_templates(packed: bytes) -> Templates:
     heads, boxes, properties = pickle.loads(packed)
-    return Templates(
-        unpack_array(heads, np.int32), unpack_array(boxes, np.int64), _known_properties(properties), packed
-    )
+    templates = Templates(unpack_array(heads, np.int32), unpack_array(boxes, np.int64), _known_properties(properties))
+    object.__setattr__(templates, "packed", packed)
+    return templates
 
 
 @lru_cache(maxsize=64)
@@ -137,7 +137,7 @@ class TemplateTable:
             if properties is not None:
                 property_id = self._property_ids.setdefault(key[1], len(self._properties))
                 if property_id == len(self._properties):
-                    self._properties.append(properties)
+                    self._properties.append(own_properties(properties))  # the caller may change its own
             self._rows.append((kind, property_id, tuple(size), tuple(offsets), tuple(lengths)))
             self._templates = None
         return number

@@ -227,7 +227,7 @@ def _joined(columns: list[Column], dtype: type[Any]) -> Column:
 
 
 def _joined_numbers(columns: list[Column], tables: list[Sequence[Any]], counts: list[int]) -> Int32:
-    """Numbers into tables, joined, for the tables one after the other. What has no table is left as it is."""
+    """Numbers into tables, joined, for the tables one after the other."""
     firsts = np.cumsum([0, *map(len, tables)], dtype=np.int32)[:-1]
     joined = _joined(columns, np.int32)
     joined += np.repeat(firsts, counts)

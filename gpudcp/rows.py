@@ -92,4 +92,7 @@ def _order_of(columns: CheckpointColumns, indices: Indices) -> Int64 | None:
     _, numbers = replace(joined, ndims=np.zeros(len(joined), dtype=np.int32)).distinct()
     is_same = numbers[indices.offset_ids] == numbers[len(indices.offsets) :][columns.row_boxes[rows]]
     is_same[of_object] = True
+    # Padded, an offset may look like one of other dimensions, or like none.
+    ndims = np.append(np.where(columns.property_ids == NONE, NONE, columns.ndims), NONE)[entries]
+    is_same &= indices.offsets.ndims[indices.offset_ids] == ndims[indices.name_ids]
     return order if bool(is_same.all()) else None

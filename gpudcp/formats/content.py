@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from itertools import chain
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -50,10 +51,14 @@ def content_of(metadata: Metadata) -> Content | None:
         return _content_of_columns(metadata.columns)
     if type(metadata) is not Metadata or type(metadata.planner_data) not in (dict, type(None)):
         return None
+    if len(vars(metadata)) > len(fields(Metadata)):  # a planner may keep more there
+        return None
     values = list(metadata.state_dict_metadata.values())
     if not all_are(values, TensorStorageMetadata, BytesStorageMetadata):
         return None
     tensors = [value for value in values if type(value) is TensorStorageMetadata]
+    if not set(map(len, map(vars, tensors))) <= {len(fields(TensorStorageMetadata))}:
+        return None
     if not all_are(map(attrgetter("properties"), tensors), TensorProperties):
         return None
     if not all_are(map(attrgetter("chunks"), tensors), list):
@@ -126,5 +131,5 @@ def _state_number(properties: TensorProperties, numbers: dict[Any, int], states:
 
 
 def _numbered(found: Iterable[Any], numbers: dict[Any, int]) -> Int32:
-    """The number of each, a new one for what is new; NONE for None."""
-    return np.array([NONE if each is None else numbers.setdefault(each, len(numbers)) for each in found], np.int32)
+    """The number of each, a new one for what is new."""
+    return np.array([numbers.setdefault(each, len(numbers)) for each in found], dtype=np.int32)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from gpudcp._dcp import StorageInfo
 from gpudcp.arrays import NONE, Column, Int64, distinct_numbers
 from gpudcp.formats.content import Content, all_are, content_of
-from gpudcp.formats.opcoderows import GET, EntryRows, Numbers, Rows, fetched, get, integers
+from gpudcp.formats.opcoderows import GET, ROWS_AT_ONCE, Numbers, Rows, fetched, get, integers
 from gpudcp.records import ItemRecords
 from gpudcp.sizes import SizeTable
 
@@ -76,7 +76,7 @@ def emit_metadata(metadata: Metadata, records: ItemRecords) -> Emitted | None:
     if int(sizes.values.min(initial=0)) < 0:
         return None
     emitter = _Emitter(memo, sizes)
-    body: list[bytes | Rows | EntryRows] = [
+    body: list[bytes | Rows | _EntryRows] = [
         *emitter.sizes(),
         emitter.get(Metadata) + _NEW + _STATE,
         emitter.get_word("state_dict_metadata") + b"}",
@@ -142,6 +142,47 @@ class _Memo:
         self.pickled = b"".join(part[:-1] + _POP for part in parts)
 
 
+class _EntryRows:
+    """Each tensor's head, chunks and tail, and each object's row, in the order of the names."""
+
+    def __init__(self, content: Content, heads: Rows, chunks: Rows, objects: Rows, tail: bytes) -> None:
+        self._content = content
+        self._heads, self._chunks, self._objects, self._tail = heads, chunks, objects, tail
+        self.nbytes = heads.nbytes + chunks.nbytes + objects.nbytes + len(tail) * len(content.counts)
+
+    def blocks(self) -> Iterator[bytes]:
+        """All bytes, of some thousand chunks or entries at once."""
+        is_tensor, counts = self._content.is_tensor, self._content.counts
+        stops = np.cumsum(counts)
+        # How much of tensors, objects and chunks is done; a block ends where enough of them are full.
+        ntensors, nobjects, nchunks, start = 0, 0, 0, 0
+        tensors_before = np.concatenate([[0], np.cumsum(is_tensor)])
+        while start < len(is_tensor):
+            last = int(np.searchsorted(stops, nchunks + ROWS_AT_ONCE, side="right"))
+            end = int(np.searchsorted(tensors_before, max(last, ntensors + 1), side="right")) - 1
+            end = max(start + 1, min(end, start + ROWS_AT_ONCE))
+            until = int(tensors_before[end])
+            chunk_end = int(stops[until - 1]) if until else 0
+            yield b"".join(self._woven(start, end, (ntensors, until), (nobjects, end - until), (nchunks, chunk_end)))
+            start, ntensors, nobjects, nchunks = end, until, end - until, chunk_end
+
+    def _woven(
+        self, start: int, end: int, tensors: tuple[int, int], objects: tuple[int, int], chunks: tuple[int, int]
+    ) -> Iterator[bytes | memoryview]:
+        heads, every_object = iter(self._heads.block(*tensors)), iter(self._objects.block(*objects))
+        every_chunk = self._chunks.block(*chunks).reshape(-1).data
+        nbytes = iter((self._content.counts[slice(*tensors)] * self._chunks.width).tolist())
+        at = 0
+        for is_tensor in self._content.is_tensor[start:end].tolist():
+            if is_tensor:
+                before, at = at, at + next(nbytes)
+                yield next(heads).data
+                yield every_chunk[before:at]
+                yield self._tail
+            else:
+                yield next(every_object).data
+
+
 class _Emitter:
     """Fixed-width records over the memo."""
 
@@ -184,7 +225,7 @@ class _Emitter:
                 Numbers("<u4", puts.__getitem__), _POP,
             )  # fmt: skip
 
-    def entries(self, content: Content) -> EntryRows:
+    def entries(self, content: Content) -> _EntryRows:
         """The entries of ``state_dict_metadata``, in its order, for the dict below them."""
         n, is_tensor = len(content.names), content.is_tensor
         names = np.fromiter(map(self._names.__getitem__, content.names), dtype="<u4", count=n)
@@ -205,7 +246,7 @@ class _Emitter:
             range(n - len(content.counts)),
             GET, Numbers("<u4", names[~is_tensor].__getitem__), self.get(BytesStorageMetadata) + _NEW + _SET,
         )  # fmt: skip
-        return EntryRows(content, heads, chunks, objects, _BUILD + _SET)
+        return _EntryRows(content, heads, chunks, objects, _BUILD + _SET)
 
     def records(self, records: ItemRecords, offset_ids: Int64) -> Iterator[Rows]:
         """The entries of ``storage_data`` for the dict below them, those of one form after the other.

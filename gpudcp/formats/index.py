@@ -176,6 +176,8 @@ def _check(columns: CheckpointColumns, numbers: dict[str, Int64], header: dict[s
     is_sound = (
         entries == len(columns.numbers)
         and all(type(fqn) is str for fqn in columns.names.fqns)
+        # A tensor has a box.
+        and (len(columns.boxes) > 0 or bool((columns.property_ids == NONE).all()))
         # No row is as good as a row, for a table that is sized by the number of its boxes.
         and len(columns.boxes) <= max(rows, 1)
         and len(first_rows) == entries + 1 == len(columns.property_ids) + 1 == len(columns.ndims) + 1

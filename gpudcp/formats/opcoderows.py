@@ -12,12 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gpudcp.arrays import Column, Int64
-from gpudcp.formats.content import Content
 
 GET = b"j"  # LONG_BINGET, then the memo index as 4 bytes
 _GET_BYTE = b"h"  # BINGET, then the memo index as 1 byte
 
-_ROWS_AT_ONCE = 1 << 12
+ROWS_AT_ONCE = 1 << 12
 """Filled column by column while they are in the core's cache."""
 
 
@@ -34,7 +33,7 @@ class Numbers(NamedTuple):
 
 
 def integers(values: Column) -> tuple[bytes | Numbers, ...]:
-    """An opcode and a column: integers in the fewest bytes that hold them all, where none is negative."""
+    """An opcode and a column: integers in few bytes, the same for all, where none is negative."""
     most = int(values.max(initial=0))
     if most < 1 << 16:
         return b"M", Numbers("<u2", values.__getitem__)  # BININT2
@@ -88,46 +87,5 @@ class Rows:
 
     def blocks(self) -> Iterator[memoryview]:
         """All bytes, in memory of their own."""
-        for first in range(0, len(self._rows), _ROWS_AT_ONCE):
-            yield self.block(first, min(first + _ROWS_AT_ONCE, len(self._rows))).reshape(-1).data
-
-
-class EntryRows:
-    """Each tensor's head, chunks and tail, and each object's row, in the order of the names."""
-
-    def __init__(self, content: Content, heads: Rows, chunks: Rows, objects: Rows, tail: bytes) -> None:
-        self._content = content
-        self._heads, self._chunks, self._objects, self._tail = heads, chunks, objects, tail
-        self.nbytes = heads.nbytes + chunks.nbytes + objects.nbytes + len(tail) * len(content.counts)
-
-    def blocks(self) -> Iterator[bytes]:
-        """All bytes, of some thousand chunks or entries at once."""
-        is_tensor, counts = self._content.is_tensor, self._content.counts
-        stops = np.cumsum(counts)
-        # How much of tensors, objects and chunks is done; a block ends where enough of them are full.
-        ntensors, nobjects, nchunks, start = 0, 0, 0, 0
-        tensors_before = np.concatenate([[0], np.cumsum(is_tensor)])
-        while start < len(is_tensor):
-            last = int(np.searchsorted(stops, nchunks + _ROWS_AT_ONCE, side="right"))
-            end = int(np.searchsorted(tensors_before, max(last, ntensors + 1), side="right")) - 1
-            end = max(start + 1, min(end, start + _ROWS_AT_ONCE))
-            until = int(tensors_before[end])
-            chunk_end = int(stops[until - 1]) if until else 0
-            yield b"".join(self._woven(start, end, (ntensors, until), (nobjects, end - until), (nchunks, chunk_end)))
-            start, ntensors, nobjects, nchunks = end, until, end - until, chunk_end
-
-    def _woven(
-        self, start: int, end: int, tensors: tuple[int, int], objects: tuple[int, int], chunks: tuple[int, int]
-    ) -> Iterator[bytes | memoryview]:
-        heads, every_object = iter(self._heads.block(*tensors)), iter(self._objects.block(*objects))
-        every_chunk = self._chunks.block(*chunks).reshape(-1).data
-        nbytes = iter((self._content.counts[slice(*tensors)] * self._chunks.width).tolist())
-        at = 0
-        for is_tensor in self._content.is_tensor[start:end].tolist():
-            if is_tensor:
-                before, at = at, at + next(nbytes)
-                yield next(heads).data
-                yield every_chunk[before:at]
-                yield self._tail
-            else:
-                yield next(every_object).data
+        for first in range(0, len(self._rows), ROWS_AT_ONCE):
+            yield self.block(first, min(first + ROWS_AT_ONCE, len(self._rows))).reshape(-1).data

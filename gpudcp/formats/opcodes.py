@@ -26,8 +26,8 @@ _LEAST_CREDIT = 1 << 10
 _PLACES_OF_A_SET = 2
 # How much larger than its pickle an object may look to those who walk through it without knowing what is shared.
 _MOST_EXPANSION = 64
-# The weight of a dict's key or a set's item, which is what hashing it takes.
-_MOST_KEY_WEIGHT = 1 << 10
+# The weight of a dict's key or a set's item, which is what hashing it takes: names of up to 256 KiB.
+_MOST_KEY_WEIGHT = 1 << 16
 # The hash of a tuple goes as deep as the tuple, on the stack of C.
 _MOST_DEPTH = 200
 

@@ -14,7 +14,7 @@ from gpudcp._dcp import local_tensor_of, spec_of
 PLAIN_TYPES = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 SIMPLE_TYPES = frozenset({int, float, str, bytes, bool, type(None)})
 
-_SHAPE, _DTYPE, _LAYOUT = attrgetter("shape"), attrgetter("dtype"), attrgetter("layout")
+_SHAPE, _DTYPE, _LAYOUT, _MESH = map(attrgetter, ("shape", "dtype", "layout", "mesh"))
 _REQUIRES_GRAD, _IS_NESTED = attrgetter("requires_grad"), attrgetter("is_nested")
 
 
@@ -28,8 +28,8 @@ class Facts(NamedTuple):
     kinds: list[type]
     specs: list[Any]
     """Of the DTensors."""
-    layouts: list[torch.layout]
-    """Of the plain tensors."""
+    meshes: set[int]
+    """The very ones: equal ones need not place this process alike, as another rank it had another place."""
     shapes: list[torch.Size]
     """Of the DTensors' local tensors, then of the plain ones; dtypes too, and which are pinned."""
     dtypes: list[torch.dtype]
@@ -39,7 +39,10 @@ class Facts(NamedTuple):
 
 
 def facts_of(state_dict: Mapping[str, Any], *, has_accelerator: bool) -> tuple[Facts, dict[str, torch.Tensor]] | None:
-    """The facts, and the memory of each tensor by its key; None for a state dict with values that have to be asked."""
+    """The facts, and the memory of each tensor by its key; None for a state dict with values that have to be asked.
+
+    The facts hold no memory of the state dict.
+    """
     keys, values = list(state_dict), list(state_dict.values())
     kinds = list(map(type, values))
     found = set(kinds)
@@ -50,14 +53,16 @@ def facts_of(state_dict: Mapping[str, Any], *, has_accelerator: bool) -> tuple[F
         distributed = {key: value for key, value, kind in zip(keys, values, kinds, strict=True) if kind is DTensor}
         plain = {key: value for key, value, kind in zip(keys, values, kinds, strict=True) if kind in PLAIN_TYPES}
     local = list(map(local_tensor_of, distributed.values()))
-    if not set(map(type, local)) <= {torch.Tensor} or any(map(_IS_NESTED, plain.values())):  # which has no shape
+    if not set(map(type, local)) <= {torch.Tensor} or any(map(_IS_NESTED, plain.values())):
         return None
-    tensors = [*local, *plain.values()]
+    if not set(map(_LAYOUT, plain.values())) <= {torch.strided}:
+        return None
+    tensors, specs = [*local, *plain.values()], list(map(spec_of, distributed.values()))
     facts = Facts(
         keys=keys,
         kinds=kinds,
-        specs=list(map(spec_of, distributed.values())),
-        layouts=list(map(_LAYOUT, plain.values())),
+        specs=specs,
+        meshes=set(map(id, map(_MESH, specs))),
         shapes=list(map(_SHAPE, tensors)),
         dtypes=list(map(_DTYPE, tensors)),
         require_grad=list(map(_REQUIRES_GRAD, [*distributed.values(), *plain.values()])),

@@ -94,6 +94,16 @@ class LocalItems(NamedTuple):
         return tensor[row:]
 
 
+class _Remembered(NamedTuple):
+    """What equal facts make, without the memory, which is the caller's to free."""
+
+    facts: Facts
+    columns: SaveColumns
+    offsets: dict[str, Sizes]
+    tensors: tuple[str, ...]
+    """Those keys that are one tensor."""
+
+
 class LocalItemsMaker:
     """Makes a rank's items; what it has seen once, such as a DTensor's place in its mesh, is not computed again."""
 
@@ -102,7 +112,7 @@ class LocalItemsMaker:
         self._casts = casts
         # A rule may be anybody's function of the keys, and is asked every time.
         self._remembers = remembers and casts is None
-        self._last: tuple[Facts, LocalItems] | None = None
+        self._last: _Remembered | None = None
         self._has_accelerator = False
         self._names = Names((), None)
         self._forget()
@@ -125,11 +135,11 @@ class LocalItemsMaker:
         if not self._remembers or (found := facts_of(state_dict, has_accelerator=self._has_accelerator)) is None:
             return self._made(state_dict, paths)
         facts, tensors = found
-        if self._last is not None and self._last[0] == facts and self._last[1].columns.names.paths == paths:
-            made = self._last[1]
-            return made._replace(tensors={fqn: tensors[fqn] for fqn in made.tensors}, values=dict(state_dict))
+        if (last := self._last) is not None and last.facts == facts and last.columns.names.paths == paths:
+            own = {fqn: tensors[fqn] for fqn in last.tensors}
+            return LocalItems(last.columns, own, last.offsets, dict(state_dict))
         made = self._made(state_dict, paths)
-        self._last = facts, made
+        self._last = _Remembered(facts, made.columns, made.offsets, tuple(made.tensors))
         return made
 
     def _made(self, state_dict: Mapping[str, Any], paths: Mapping[str, Path] | None) -> LocalItems:

@@ -193,8 +193,15 @@ def tensor_of(properties: Any = PROPERTIES, size: Any = SIZE, chunks: Any = None
     return TensorStorageMetadata(properties, size, [ChunkStorageMetadata(ORIGIN, SIZE)] if chunks is None else chunks)
 
 
+def _with_more(value: Any) -> Any:
+    value.more = 5
+    return value
+
+
 UNUSUAL: dict[str, Callable[[], Metadata]] = {
     "metadata of another class": lambda: _OwnMetadata({"a": tensor_of()}),
+    "metadata that holds more": lambda: _with_more(Metadata({"a": tensor_of()})),
+    "a tensor that holds more": lambda: Metadata({"a": _with_more(tensor_of())}),
     "a tensor of another class": lambda: Metadata({"a": _OwnTensor(PROPERTIES, SIZE, [])}),
     "an object of another class": lambda: Metadata({"a": _OwnBytes()}),
     "a chunk of another class": lambda: Metadata({"a": tensor_of(chunks=[_OwnChunk(ORIGIN, SIZE)])}),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,8 @@ from gpudcp.items import WriteItems
 from gpudcp.planners.local import LocalItems, LocalItemsMaker
 
 
-def state() -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (2,))
+def state(mesh: Any = None) -> dict[str, Any]:
+    mesh = mesh or init_device_mesh("cpu", (2,))
     return {
         "sharded": DTensor.from_local(torch.arange(6.0).view(2, 3), mesh, [Shard(0)], run_check=False),
         "parameter": torch.nn.Parameter(torch.ones(4)),
@@ -57,8 +59,9 @@ def test_what_has_not_changed_is_not_worked_out_again() -> None:
     """New values of the same form are not a change, and are the ones that are saved."""
     with rank_of(0, 2):
         maker, made = makers()
+        mesh = init_device_mesh("cpu", (2,))
         for step in range(4):
-            values = state() | {"step": step, "name": str(step)}
+            values = state(mesh) | {"step": step, "name": str(step)}
             assert same(
                 maker.make(values, {"step": ("step",)}), LocalItemsMaker(None).make(values, {"step": ("step",)})
             )
@@ -97,14 +100,48 @@ def test_every_change_is_seen(change: str) -> None:
     """In place or by another value, and back again; the same items as a planner that remembers nothing."""
     with rank_of(0, 2):
         maker, made = makers()
-        maker.make(state(), None)
+        mesh = init_device_mesh("cpu", (2,))
+        maker.make(state(mesh), None)
         for counted in (2, 3):
-            values = state()
+            values = state(mesh)
             if counted == 2:
                 CHANGES[change](values)
             assert same(maker.make(values, None), LocalItemsMaker(None).make(values, None))
             assert len(made) <= counted
         assert len(made) >= 2
+
+
+def test_the_state_dict_is_not_kept() -> None:
+    """Whoever saves a copy each time has one copy at a time."""
+    with rank_of(0, 2):
+        maker, made = makers()
+        mesh, kept = init_device_mesh("cpu", (2,)), []
+        for _ in range(3):
+            values = state(mesh)
+            kept.append(weakref.ref(values["plain"]))
+            maker.make(values, None)
+            made[1:] = []
+        made.clear()
+        del values
+        gc.collect()
+        assert [each() for each in kept] == [None] * 3
+
+
+def test_an_equal_mesh_of_another_rank_is_a_change() -> None:
+    """A job that begins anew in one process may have another place in the mesh."""
+    maker, made = makers()
+    for rank in range(2):
+        with rank_of(rank, 2):
+            sharded = DTensor.from_local(torch.ones(2, 3), init_device_mesh("cpu", (2,)), [Shard(0)], run_check=False)
+            assert maker.make({"w": sharded}, None).offsets == {"w": (2 * rank, 0)}
+    assert len(made) == 2
+
+
+def test_memory_of_no_layout_is_not_asked_whether_it_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An mkldnn tensor has none, and goes whole."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    maker, _ = makers()
+    assert len(maker.make({"m": torch.ones(2).to_mkldnn()}, None).columns) == 1
 
 
 def test_other_paths_are_a_change() -> None:

@@ -104,6 +104,16 @@ def test_a_save_returns_what_the_checkpoint_says(tmp_path: Path) -> None:
 # Stateful values
 
 
+def test_a_long_name_is_a_name(tmp_path: Path) -> None:
+    """What is saved is loaded, by stock too."""
+    name = "layers." * 20_000
+    gpudcp.save({name: torch.ones(2)}, tmp_path)
+    for load in (gpudcp.load, dcp.load):
+        found = {name: torch.zeros(2)}
+        load(found, checkpoint_id=tmp_path)
+        assert torch.equal(found[name], torch.ones(2))
+
+
 def test_stateful_values_are_asked_as_torch_asks_them(tmp_path: Path) -> None:
     """The same calls in the same order, whatever the order of the keys: as written on save, sorted on load."""
     recordings: list[list[str]] = []

@@ -1,16 +1,19 @@
-"""Item records as columns: every row says what it was made of, alone and after joining."""
+"""Items and their records as columns: every row says what it was made of, alone and after joining."""
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 
 from gpudcp._dcp import ItemExtras, StorageInfo, item_extras, storage_info
+from gpudcp.columns import TENSOR, TemplateTable
 from gpudcp.records import Indices, ItemRecords
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.float8_e5m2]
@@ -87,6 +90,26 @@ def test_rows_say_the_same_before_and_after_joining(parts: list[tuple[list[Row],
         assert getattr(joined, name).dtype == np.int64
     for name in ("path_ids", "dtype_ids"):
         assert getattr(joined, name).dtype == np.int32
+
+
+def test_a_table_does_not_change_with_whoever_gave_it_its_properties() -> None:
+    """They may be the caller's own, and shared by all tensors of equal ones."""
+    table, given = TemplateTable(), TensorProperties(dtype=torch.float32)
+    number = table.number(TENSOR, given, (2,), (0,), (2,))
+    given.dtype = torch.bfloat16
+    assert table.templates().properties[table.templates().property_ids[number]].dtype is torch.float32
+    assert table.number(TENSOR, given, (2,), (0,), (2,)) != number
+
+
+def test_templates_go_back_as_they_came() -> None:
+    """Pickled again without being packed again, and changed ones are packed anew."""
+    table = TemplateTable()
+    table.number(TENSOR, TensorProperties(dtype=torch.float32), (2,), (0,), (2,))
+    sent = pickle.loads(pickle.dumps(table.templates()))
+    assert sent.packed is not None
+    assert pickle.loads(pickle.dumps(sent)).packed == sent.packed
+    changed = replace(sent, boxes=sent.boxes + 1)
+    assert pickle.loads(pickle.dumps(changed)).boxes.tolist() == changed.boxes.tolist()
 
 
 def test_a_row_gives_plain_python_integers() -> None:

@@ -170,6 +170,21 @@ def test_columns_that_contradict_each_other_are_refused(checkpoint: Path, name: 
         index.decode_index(forged, path="p", nbytes=header["metadata_nbytes"], crc=header["metadata_crc32"])
 
 
+def test_tensors_without_a_box_are_refused(checkpoint: Path) -> None:
+    """A row of such a tensor would have nothing to point at."""
+    import safetensors.numpy
+
+    data = (checkpoint / ".metadata.index").read_bytes()
+    header = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["gpudcp"])
+    arrays = safetensors.numpy.load(data)
+    arrays["boxes"], arrays["row_boxes"] = arrays["boxes"][:0].copy(), np.zeros_like(arrays["row_boxes"])
+    del header["crc32"]
+    header["crc32"] = index._crc_of(arrays, header)
+    forged = safetensors.numpy.save(arrays, {"gpudcp": json.dumps(header)})
+    with pytest.raises(CorruptCheckpointError, match="contradict"):
+        index.decode_index(forged, path="p", nbytes=header["metadata_nbytes"], crc=header["metadata_crc32"])
+
+
 @pytest.mark.parametrize(
     "bomb", ["names that inflate", "boxes without dimensions", "a name twice", "a name that is none"]
 )

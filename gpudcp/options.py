@@ -42,8 +42,8 @@ class Options:
     lanes: int = 4
     """Slabs in the ring, of which each device has its own: one being packed or unpacked, the others on their way."""
     threads: int | None = None
-    """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2; in the
-    background no more than leave one of this rank's cores to training."""
+    """Threads that read or write files. None: this rank's share of what `gpudcp.tune` found best, or 2, or
+    its one core's one; in the background no more than leave one of this rank's cores to training."""
     direct_io: DirectIO = "auto"
     """O_DIRECT for writes: ``auto`` decides by file-system type, ``on`` raises where it is not possible. Reads of a
     GPU's tensors are direct where that was measured to be faster, and with ``off`` never."""

@@ -112,7 +112,12 @@ class LoadChunkPlan:
 
 
 def plan_load(
-    requests: Iterable[ReadRequest], checks: Sequence[PayloadCheck], *, slab_nbytes: int, gap_nbytes: int
+    requests: Iterable[ReadRequest],
+    checks: Sequence[PayloadCheck],
+    *,
+    slab_nbytes: int,
+    gap_nbytes: int,
+    large_apart: bool = True,
 ) -> LoadChunkPlan:
     """Sort the boxes by file and byte, cut those larger than a slab, coalesce neighbours.
 
@@ -121,6 +126,7 @@ def plan_load(
         checks: payloads with a known CRC-32; those that the reads do not cover whole are left out of the plan.
         slab_nbytes: the longest read.
         gap_nbytes: the longest gap that is cheaper to read than to skip.
+        large_apart: give a large chunk a read of its own, which can go straight to its destination.
     """
     by_path: dict[str, list[ChunkRead]] = {}
     empty: list[int] = []
@@ -144,7 +150,9 @@ def plan_load(
     reads = [
         read
         for path in sorted(by_path)
-        for read in _coalesced(path, sorted(by_path[path], key=_BYTE_OFFSET), slab_nbytes, gap_nbytes)
+        for read in _coalesced(
+            path, sorted(by_path[path], key=_BYTE_OFFSET), slab_nbytes, gap_nbytes, large_apart=large_apart
+        )
     ]
     with_segments, covered = _with_segments(reads, checks)
     return LoadChunkPlan(reads=with_segments, empty_positions=tuple(empty), checks=covered, slab_nbytes=slab_nbytes)
@@ -217,14 +225,16 @@ def _cut(
             yield box_start, box_offsets, box_lengths
 
 
-def _coalesced(path: str, chunks: Sequence[ChunkRead], slab_nbytes: int, gap_nbytes: int) -> Iterator[SlabRead]:
+def _coalesced(
+    path: str, chunks: Sequence[ChunkRead], slab_nbytes: int, gap_nbytes: int, *, large_apart: bool
+) -> Iterator[SlabRead]:
     """Reads of one file for its chunks, sorted by byte: as many chunks as a slab holds, where the gaps are short."""
     group: list[ChunkRead] = []
     start = end = 0
     for chunk in chunks:
         chunk_start, nbytes = chunk.byte_offset, chunk.nbytes
         chunk_end = chunk_start + nbytes
-        is_straight = nbytes >= STRAIGHT_NBYTES and chunk.is_dense
+        is_straight = large_apart and nbytes >= STRAIGHT_NBYTES and chunk.is_dense
         if group and (is_straight or chunk_end - start > slab_nbytes or chunk_start - end > gap_nbytes):
             yield SlabRead(path, start, end - start, tuple(group), False)
             group = []

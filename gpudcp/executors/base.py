@@ -53,6 +53,8 @@ class Executor(Protocol):
     name: str
     slab_nbytes: int
     """What plans for this executor are cut into: the largest single transfer, a multiple of 4096."""
+    reads_large_apart: bool
+    """Whether plans for this executor give a large chunk a read of its own."""
     checksum: str
     """What computes CRC-32, for the report."""
 

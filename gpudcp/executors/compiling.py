@@ -14,17 +14,18 @@ from gpudcp_kernels.tables import ALIGNMENT_NBYTES, Boxes
 from gpudcp.arrays import Int64
 from gpudcp.report import Stopwatch
 
-_launched: set[Hashable] = set()
+_launched: dict[torch.device, set[Hashable]] = {}
 
 
-def first_launch_apart(stopwatch: Stopwatch, *kernels: Hashable) -> AbstractContextManager[Any]:
-    """Around launches: their time is the phase ``compile`` if one of these kernels is new to this process.
+def first_launch_apart(stopwatch: Stopwatch, device: torch.device, *kernels: Hashable) -> AbstractContextManager[Any]:
+    """Around launches: their time is the phase ``compile`` if one of these kernels is new to this process and device.
 
     Triton compiles then, or finds what it compiled in its cache on disk. The launches themselves are asynchronous.
     """
-    if _launched.issuperset(kernels):
+    launched = _launched.setdefault(device, set())
+    if launched.issuperset(kernels):
         return nullcontext()
-    _launched.update(kernels)
+    launched.update(kernels)
     return stopwatch.phase("compile")
 
 

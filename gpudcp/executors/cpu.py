@@ -32,6 +32,7 @@ class CpuExecutor:
 
     name = "cpu"
     checksum = checksum.LIBRARY
+    reads_large_apart = True  # straight into the destination
 
     def __init__(self, *, lanes: int, threads: int, slab_nbytes: int, has_checksum: bool) -> None:
         self.slab_nbytes = slab_nbytes

@@ -64,6 +64,8 @@ class DeviceExecutor:
         self._notes = notes
         self._registers_slabs = registers_slabs
         self.slab_nbytes = slab_nbytes
+        # One device unpacks a whole slab at once; of several each is to get its own tensors.
+        self.reads_large_apart = len(devices) > 1
         self._devices = devices
         self._lanes = lanes
         self._threads = threads

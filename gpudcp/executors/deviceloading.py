@@ -54,7 +54,9 @@ class DeviceLoad:
         return [device for device in self._devices if device.torch_device in owners]
 
     def rest(self) -> LoadChunkPlan:
-        """What is left to do after an error."""
+        """What is left to do after an error. The lanes are let go of: their memory is what the error was about."""
+        for lanes in (self._free, self._reading, self._unpacking, self._unpacked):
+            lanes.clear()
         return replace(self._plan, reads=self._plan.reads[self._ncommitted :])
 
     def uncommitted(self) -> dict[int, torch.Tensor]:
@@ -192,9 +194,9 @@ def _read(file: FileReader, read: SlabRead, lane: Lane) -> int | None:
         file.read(lane.host.view[: read.nbytes], read.byte_offset)
         return None
     # Into the slab also where the read and its destination are aligned alike (`SlabRead.is_straight`). A destination is
-    # never registered, so cuFile would move its bytes through buffers of its own: a copy on the device either way, and
-    # that should be far faster than any file. Memory of expandable segments would need a trial of its own, tied
-    # destinations would have to take turns, and none of it has run on a GPU yet.
+    # never registered, so cuFile would move its bytes through buffers of its own: a copy on the device either way (only
+    # compat mode would save one), and that should be far faster than any file. Memory of expandable segments would need
+    # a trial of its own, tied destinations would have to take turns, and none of it has run on a GPU yet.
     first_byte = read.byte_offset % SLAB_ALIGNMENT_NBYTES
     lane.device.bind_thread()
     file.read_device(lane.slab(first_byte + read.nbytes), read.byte_offset - first_byte)

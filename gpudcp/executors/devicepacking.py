@@ -172,7 +172,7 @@ class SlabPacker:
                 if self._slots is None:
                     self._slots = new_slots(len(self._file.writes), self._device.torch_device)
                 parts = self._crc_parts(on_device)
-                with first_launch_apart(self._stopwatch, *checksumming(parts.nbytes)):
+                with first_launch_apart(self._stopwatch, lane.device.torch_device, *checksumming(parts.nbytes)):
                     add_parts(self._slots, lane.memory, parts)
                 if patches:
                     self._patch(lane, self._slots, patches)
@@ -216,12 +216,12 @@ class SlabPacker:
             np.array([offset for offset, _ in staged], dtype=np.int64) + MARGIN_NBYTES,
             lengths,
         )
-        with first_launch_apart(self._stopwatch, *packing(torch.uint8, torch.uint8, table)):
+        with first_launch_apart(self._stopwatch, lane.device.torch_device, *packing(torch.uint8, torch.uint8, table)):
             pack_cast(table, lane.memory, memory_dtype=torch.uint8, file_dtype=torch.uint8)
 
     def _patch(self, lane: Lane, slots: torch.Tensor, patches: list[tuple[int, int]]) -> None:
         rows, offsets = np.array(patches, dtype=np.int64).T
-        with first_launch_apart(self._stopwatch, "patch"):
+        with first_launch_apart(self._stopwatch, lane.device.torch_device, "patch"):
             write_patches(lane.memory, slots, patch_slots=rows.copy(), byte_offsets=offsets + MARGIN_NBYTES)
 
     def _pack(self, lane: Lane, on_device: Iterable[tuple[PayloadPart, _Payload]]) -> None:
@@ -240,7 +240,9 @@ class SlabPacker:
                 slab_offset += view.numel() * dtype.itemsize
         for (memory_dtype, file_dtype), table in tables.items():
             boxes = table.boxes()
-            with first_launch_apart(self._stopwatch, *packing(memory_dtype, file_dtype, boxes)):
+            with first_launch_apart(
+                self._stopwatch, lane.device.torch_device, *packing(memory_dtype, file_dtype, boxes)
+            ):
                 pack_cast(boxes, lane.memory, memory_dtype=memory_dtype, file_dtype=file_dtype)
 
     def _crc_parts(self, on_device: list[tuple[PayloadPart, _Payload]]) -> Parts:

@@ -25,7 +25,7 @@ def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int, stopwatch:
     """CRC-32 of each segment of a read that lies in the device slab from ``first_byte`` on; on the current stream."""
     columns = np.array([segment[1:] for segment in read.segments], dtype=np.int64).reshape(-1, 2)
     byte_offsets, nbytes = columns[:, 0] + MARGIN_NBYTES + first_byte, np.ascontiguousarray(columns[:, 1])
-    with first_launch_apart(stopwatch, *checksumming(nbytes)):
+    with first_launch_apart(stopwatch, lane.device.torch_device, *checksumming(nbytes)):
         return crc32_ranges(lane.memory, byte_offsets, nbytes)
 
 
@@ -36,12 +36,11 @@ def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: in
     """
     pairs = list(pairs)
     base = MARGIN_NBYTES + first_byte - read.byte_offset
-    by_kernel = [pair for pair in pairs if _is_for_kernel(*pair)]
-    others = [pair for pair in pairs if not _is_for_kernel(*pair)]
-    for group in _apart(by_kernel):
-        _unpack_by_kernel(lane, group, base, stopwatch)
-    for chunk, box in others:
-        _unpack_by_torch(lane, chunk, box, base)
+    for group in _apart(pairs):
+        _unpack_by_kernel(lane, [pair for pair in group if _is_for_kernel(*pair)], base, stopwatch)
+        for chunk, box in group:
+            if not _is_for_kernel(chunk, box):
+                _unpack_by_torch(lane, chunk, box, base)
 
 
 def _apart(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
@@ -71,7 +70,9 @@ def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: 
     slab = lane.memory[:-MARGIN_NBYTES]  # what follows is what kernels may read beyond its end
     for (file_dtype, memory_dtype, is_dense), table in tables.items():
         boxes = table.boxes()
-        with first_launch_apart(stopwatch, *unpacking(file_dtype, memory_dtype, boxes, is_dense=is_dense)):
+        with first_launch_apart(
+            stopwatch, lane.device.torch_device, *unpacking(file_dtype, memory_dtype, boxes, is_dense=is_dense)
+        ):
             unpack_cast(
                 boxes,
                 slab,

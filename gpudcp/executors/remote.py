@@ -139,6 +139,7 @@ class RemoteExecutor:
 
     name = "cpu, in a process of its own"
     checksum = checksum.LIBRARY
+    reads_large_apart = True
 
     def __init__(
         self, process: WriterProcess, *, directory: str, way: Way, fsync: bool, slab_nbytes: int, **executor: Any

@@ -69,8 +69,8 @@ def select(
         BackendUnavailableError: the options ask by name for what is not available.
     """
     chosen, reason = _choose_devices(options, devices)
-    on_gpu = next((device for device in chosen if device.type != "cpu"), None)
-    choice = choose_files(options, directory, direction, on_gpu)
+    on_gpu = [device for device in chosen if device.type != "cpu"]
+    choice = choose_files(options, directory, direction, *on_gpu)
     threads = options.threads or _default_threads(choice.threads, is_beside_training=is_beside_training)
     slab_nbytes = options.slab_nbytes or _slab_nbytes(chosen, choice.request_nbytes)
     executor: Executor = CpuExecutor(
@@ -81,7 +81,8 @@ def select(
         executor = _device_executor(
             chosen, executor, options, choice.way, threads=threads, slab_nbytes=slab_nbytes, notes=notes
         )
-    return Selection(executor, choice.way, threads, figures_name(on_gpu), (reason, choice.reason), notes, chosen)
+    name = figures_name(on_gpu[0] if on_gpu else None)
+    return Selection(executor, choice.way, threads, name, (reason, choice.reason), notes, chosen)
 
 
 def unavailable(executor: str) -> str | None:
@@ -181,5 +182,5 @@ def _slab_nbytes(devices: Sequence[torch.device], request_nbytes: int | None) ->
 
 def _default_threads(best: int | None, *, is_beside_training: bool) -> int:
     """One rank's share of the threads that are best for its node; beside training one core stays free of them."""
-    threads = THREADS if best is None else max(1, best // ranks_of_this_node())
+    threads = min(THREADS, cores_of_this_rank()) if best is None else max(1, best // ranks_of_this_node())
     return min(threads, max(1, cores_of_this_rank() - 1)) if is_beside_training else threads

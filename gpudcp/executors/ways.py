@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Literal
 
@@ -17,19 +18,20 @@ from gpudcp.files.tune import Choice, choose_way, choose_write
 from gpudcp.options import Options
 
 
-def choose_files(options: Options, directory: str, direction: Direction, gpu: torch.device | None) -> Choice:
-    """The way to the files in ``directory`` for the memory of a GPU; None: for the host's.
+def choose_files(options: Options, directory: str, direction: Direction, *gpus: torch.device) -> Choice:
+    """The way to the files in ``directory`` for these GPUs' memory, by figures of the first; none: for the host's.
 
     Raises:
         BackendUnavailableError: the options ask by name for what is not available.
     """
+    gpu = gpus[0] if gpus else None
     if options.files in ("gds", "kvikio"):
-        return _named(options.files, directory, gpu)
+        return _named(options.files, directory, gpus)
     posix = _posix(options, directory, direction, gpu)
     if gpu is None or options.files == "posix" or gds.unavailable_reason("kvikio") is not None:
         return posix
     try:
-        trial = _tried(directory, gpu)
+        trial = _tried(directory, gpus)
     except BackendUnavailableError as err:
         return posix._replace(reason=f"{posix.reason}; KvikIO failed: {err}")
     ways: list[Way] = ["gds" if trial.is_gds else "compat", posix.way]
@@ -42,22 +44,28 @@ def figures_name(gpu: torch.device | None) -> str:
     return "cpu" if gpu is None else torch.cuda.get_device_name(gpu)
 
 
-def _named(asked: Literal["gds", "kvikio"], directory: str, gpu: torch.device | None) -> Choice:
+def _named(asked: Literal["gds", "kvikio"], directory: str, gpus: Sequence[torch.device]) -> Choice:
     def refused(why: str) -> BackendUnavailableError:
         return BackendUnavailableError(f"Options(files={asked!r}): {why}")
 
-    if gpu is None:
+    if not gpus:
         raise refused("it moves device memory, and no tensor is on a GPU; use Options(files='auto') or 'posix'")
     if (why := gds.unavailable_reason(asked)) is not None:
         raise refused(why)
-    trial = _tried(directory, gpu)
+    trial = _tried(directory, gpus)
     if asked == "gds" and not trial.is_gds:
         raise refused(f"{trial.reason}; use Options(files='auto') or 'kvikio'")
     return Choice("gds" if trial.is_gds else "compat", None, None, trial.reason)
 
 
-def _tried(directory: str, gpu: torch.device) -> DeviceIO:
-    return try_device_io(directory, _trial_memory(gpu), memory="slab")
+def _tried(directory: str, gpus: Sequence[torch.device]) -> DeviceIO:
+    """What a trial of each GPU's memory showed: of several the first that has no GPUDirect Storage.
+
+    Raises:
+        BackendUnavailableError: one of them failed.
+    """
+    trials = [try_device_io(directory, _trial_memory(gpu), memory="slab") for gpu in gpus]
+    return next((trial for trial in trials if not trial.is_gds), trials[0])
 
 
 @cache

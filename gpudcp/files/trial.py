@@ -64,7 +64,7 @@ def try_device_io(directory: str, tensor: torch.Tensor, *, memory: Memory, deadl
     key = os.stat(directory).st_dev, tensor.device, memory
     with _guard:
         if key not in _answers:
-            _answers[key] = _within(deadline_s, lambda: _trial(directory, tensor[:TRIAL_NBYTES]))
+            _answers[key] = _within(deadline_s, lambda: _bound_trial(directory, tensor[:TRIAL_NBYTES]))
         answer = _answers[key]
     if isinstance(answer, str):
         raise BackendUnavailableError(f"{directory}: {answer}; use Options(files='auto') or 'posix'")
@@ -87,6 +87,13 @@ def _within(deadline_s: float, act: Callable[[], DeviceIO]) -> DeviceIO | str:
     if thread.is_alive():
         return f"a trial transfer did not return within {deadline_s:g} s"
     return answers[0] if answers else "a trial transfer ended without an answer"
+
+
+def _bound_trial(directory: str, tensor: torch.Tensor) -> DeviceIO:
+    if tensor.is_cuda:
+        # A new thread's device is 0, and whatever returns to it makes a context there, whoever owns that.
+        torch.cuda.set_device(tensor.device)
+    return _trial(directory, tensor)
 
 
 def _trial(directory: str, tensor: torch.Tensor) -> DeviceIO:

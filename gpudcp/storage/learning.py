@@ -9,9 +9,9 @@ from gpudcp.report import TransferReport
 
 
 def learn(report: TransferReport, selection: Selection) -> None:
-    """From one rank of each node, and not from a transfer that another executor took over."""
+    """From one rank of each node; not from a transfer that another executor took over, nor from one of several GPUs."""
     took_over = selection.device != "cpu" and report.executor == "cpu"
-    if is_first_rank_of_node() and not took_over:
+    if is_first_rank_of_node() and not took_over and len(selection.devices) < 2:
         record_transfer(
             report.path,
             selection.device,

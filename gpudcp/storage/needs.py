@@ -30,7 +30,7 @@ from gpudcp.storage.stored import StoredItem, StoredItems, Window, check_box, ch
 class Needs:
     """What a load plan needs of the files: boxes of strided payloads, and items that are read whole."""
 
-    def __init__(self, files: OpenFiles, options: Options, *, slab_nbytes: int) -> None:
+    def __init__(self, files: OpenFiles, options: Options, *, slab_nbytes: int, large_apart: bool) -> None:
         self.whole_items: list[tuple[int, StoredItem]] = []
         self.payload_nbytes = 0
         self.envelope_nbytes = 0
@@ -38,6 +38,7 @@ class Needs:
         self._files = files
         self._options = options
         self._slab_nbytes = slab_nbytes
+        self._large_apart = large_apart
         self._requests: list[ReadRequest] = []
         self._checks: list[PayloadCheck] = []
         self._last_payload = ("", -1)
@@ -156,7 +157,13 @@ class Needs:
         return plan
 
     def _plan(self, requests: list[ReadRequest], checks: list[PayloadCheck]) -> LoadChunkPlan:
-        return plan_load(requests, checks, slab_nbytes=self._slab_nbytes, gap_nbytes=READ_GAP_NBYTES)
+        return plan_load(
+            requests,
+            checks,
+            slab_nbytes=self._slab_nbytes,
+            gap_nbytes=READ_GAP_NBYTES,
+            large_apart=self._large_apart,
+        )
 
 
 def _of_dtypes(records: ItemRecords, dtypes: Collection[torch.dtype]) -> NDArray[np.bool_]:

@@ -243,7 +243,12 @@ class GpuStorageReader(StorageReader):
         self._files.read_by(selection.way)
         self._open_needed(stored, plan.items)
         with stopwatch.phase("plan"):
-            needs = Needs(self._files, self.options, slab_nbytes=executor.slab_nbytes)
+            needs = Needs(
+                self._files,
+                self.options,
+                slab_nbytes=executor.slab_nbytes,
+                large_apart=executor.reads_large_apart,
+            )
             if (records := self._row_records(plan.items)) is None:
                 needs.add_items(plan.items, stored)
             else:

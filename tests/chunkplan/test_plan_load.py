@@ -434,3 +434,20 @@ def test_a_plan_is_a_value() -> None:
     again = plan_of(stored.request(0, (1 << 29, 0), (3, 1 << 20)))
     assert first == again == pickle.loads(pickle.dumps(first))
     assert first.nbytes == 3 << 21
+
+
+def test_large_chunks_share_a_read_where_nothing_is_read_straight() -> None:
+    """A slab on a device is unpacked at once, whatever lies in it; the same bytes are read."""
+    nbytes = STRAIGHT_NBYTES
+    requests = [
+        ReadRequest(number, "file", number * nbytes, torch.uint8, (1,), 0, (0,), (nbytes,)) for number in range(8)
+    ]
+    apart, together = (
+        plan_load(requests, [], slab_nbytes=4 * nbytes, gap_nbytes=0, large_apart=each) for each in (True, False)
+    )
+    assert [(read.nbytes, read.is_straight) for read in apart.reads] == [(nbytes, True)] * 8
+    assert [(read.byte_offset, read.nbytes, read.is_straight) for read in together.reads] == [
+        (0, 4 * nbytes, False),
+        (4 * nbytes, 4 * nbytes, False),
+    ]
+    assert [chunk for read in together.reads for chunk in read.chunks] == [read.chunks[0] for read in apart.reads]

@@ -11,14 +11,16 @@ from gpudcp.executors import compiling
 from gpudcp.executors.compiling import checksumming, first_launch_apart, packing, unpacking
 from gpudcp.report import Stopwatch
 
+ONE = torch.device("cuda", 0)
+
 
 def test_only_the_first_launch_of_a_kernel_is_a_phase_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the process, not in the transfer: the second save pays nothing."""
-    monkeypatch.setattr(compiling, "_launched", set())
+    monkeypatch.setattr(compiling, "_launched", {})
     first, second = Stopwatch(), Stopwatch()
     for stopwatch in (first, second):
         for kernel in (("pack", "a"), ("pack", "b"), ("pack", "a")):
-            with stopwatch.phase("pack"), first_launch_apart(stopwatch, kernel):
+            with stopwatch.phase("pack"), first_launch_apart(stopwatch, ONE, kernel):
                 pass
     assert set(first.seconds) == {"pack", "compile"}
     assert set(second.seconds) == {"pack"}
@@ -26,10 +28,20 @@ def test_only_the_first_launch_of_a_kernel_is_a_phase_of_its_own(monkeypatch: py
 
 def test_launches_of_several_kernels_are_apart_if_one_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     """And none at all is nothing new."""
-    monkeypatch.setattr(compiling, "_launched", {"old"})
+    monkeypatch.setattr(compiling, "_launched", {ONE: {"old"}})
     for kernels, expected in (((), set()), (("old",), set()), (("old", "new"), {"compile"}), (("new",), set())):
         stopwatch = Stopwatch()
-        with first_launch_apart(stopwatch, *kernels):
+        with first_launch_apart(stopwatch, ONE, *kernels):
+            pass
+        assert set(stopwatch.seconds) == expected
+
+
+def test_every_device_loads_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one has compiled the other still has to load."""
+    monkeypatch.setattr(compiling, "_launched", {ONE: {"old"}})
+    for expected in ({"compile"}, set()):
+        stopwatch = Stopwatch()
+        with first_launch_apart(stopwatch, torch.device("cuda", 1), "old"):
             pass
         assert set(stopwatch.seconds) == expected
 

@@ -7,10 +7,12 @@ import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from executor_fakes import (
     OUT_OF_MEMORY,
     DeviceFiles,
@@ -28,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import gpudcp
 from gpudcp.boxes import row_major_strides
 from gpudcp.chunkplan.load import LoadChunkPlan, PayloadCheck, ReadRequest, plan_load
 from gpudcp.chunkplan.save import ChunkWrite
@@ -36,6 +39,7 @@ from gpudcp.executors import compiling, devicepacking, deviceunpacking
 from gpudcp.executors import lanes as lanes_of_process
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.cuda import DeviceExecutor
+from gpudcp.executors.deviceloading import DeviceLoad
 from gpudcp.executors.devices import Event, InterpretedDevice, Stream
 from gpudcp.executors.slabs import HostSlab
 from gpudcp.formats.checksum import crc32
@@ -738,7 +742,7 @@ def test_a_short_file_is_a_transfer_error() -> None:
 def test_every_kernel_of_a_save_and_a_load_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scatter, pack, checksum, patches; checksum, unpack."""
     launched: set[Any] = set()
-    monkeypatch.setattr(compiling, "_launched", launched)
+    monkeypatch.setattr(compiling, "_launched", {torch.device("cpu"): launched})
     executor = _interpreted(lanes=1, threads=1, slab_nbytes=65536, has_checksum=True)
     tensors = [random_tensor(10_000), random_tensor(5, dtype=torch.uint8)]
     backend = MemoryBackend()
@@ -749,3 +753,24 @@ def test_every_kernel_of_a_save_and_a_load_is_told_of(monkeypatch: pytest.Monkey
     target = Target({n: torch.zeros_like(tensor) for n, tensor in enumerate(tensors)})
     executor.load(load_plan_of(tensors, slab_nbytes=65536), target, backend.open, Stopwatch())
     assert {each[0] for each in launched if isinstance(each, tuple)} == {"checksum", "unpack"}
+
+
+@pytest.mark.parametrize("dtypes", [(torch.int64, torch.float32), (torch.float32, torch.int64)])
+def test_the_last_of_tied_destinations_wins_whoever_casts(tmp_path: Path, dtypes: tuple[torch.dtype, ...]) -> None:
+    """A cast that the rule leaves to torch comes in its turn among those of the kernels."""
+    saved = {"a": torch.arange(3).to(dtypes[0]), "b": torch.arange(3).to(dtypes[1]) * 10}
+    dcp.save(saved, checkpoint_id=tmp_path)
+    for executor in ("cpu", "interpret"):
+        tied = torch.zeros(3)
+        gpudcp.load({"a": tied, "b": tied}, tmp_path, options=gpudcp.Options(executor=executor))  # type: ignore[arg-type]
+        assert tied.tolist() == saved["b"].tolist()
+
+
+def test_after_an_error_a_load_lets_go_of_its_lanes() -> None:
+    """Whoever takes over may need the memory."""
+    tensors = [random_tensor(10_000)]
+    plan = load_plan_of(tensors, slab_nbytes=65536)
+    load = DeviceLoad(plan, Target({0: torch.zeros_like(tensors[0])}), [InterpretedDevice()], Stopwatch())
+    load._free = {torch.device("cpu"): [object()]}  # type: ignore[list-item]
+    assert load.rest().reads == plan.reads
+    assert [*load._free, *load._reading, *load._unpacking, *load._unpacked] == []

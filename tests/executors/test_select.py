@@ -64,18 +64,18 @@ def test_tensors_on_several_gpus_are_told_of(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_each_gpu_gets_a_device_of_the_executor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files are chosen by the first; interpreted, there is one device."""
+    """The files are chosen for all of them, by figures of the first; interpreted, there is one device."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(select_module, "unavailable", lambda _: None)
     monkeypatch.setattr(select_module, "figures_name", str)
-    asked: list[torch.device | None] = []
+    asked: list[torch.device] = []
     choice = Choice("buffered", 8, None, "measured")
-    monkeypatch.setattr(select_module, "choose_files", lambda *given: asked.append(given[-1]) or choice)
+    monkeypatch.setattr(select_module, "choose_files", lambda *given: asked.extend(given[3:]) or choice)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     found = selected(Options(), tmp_path, {second, first})
     assert isinstance(found.executor, DeviceExecutor)
     assert [device.torch_device for device in found.executor._devices] == found.devices == [first, second]
-    assert (asked, found.device) == ([first], "cuda:0")
+    assert (asked, found.device) == ([first, second], "cuda:0")
     assert selected(Options(executor="interpret"), tmp_path, {second, first}).devices == [torch.device("cpu")]
     assert selected(Options(executor="cpu"), tmp_path, {second, first}).devices == []
 
@@ -172,7 +172,7 @@ def test_a_core_is_left_to_training(
         ).threads
 
     assert found(Options(), is_beside_training=True) == threads
-    assert found(Options(), is_beside_training=False) == 2
+    assert found(Options(), is_beside_training=False) == min(2, max(1, cores // int(ranks)))
     assert found(Options(threads=3), is_beside_training=True) == 3
 
 

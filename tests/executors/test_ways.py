@@ -50,7 +50,7 @@ def measured(directory: Path, device: str, direction: Direction = "write", **gb_
 
 
 def way_of(directory: Path, direction: Any = "write", gpu: torch.device | None = GPU, **options: Any) -> Way:
-    return choose_files(Options(**options), str(directory), direction, gpu).way
+    return choose_files(Options(**options), str(directory), direction, *([] if gpu is None else [gpu])).way
 
 
 def test_gpudirect_storage_is_taken_where_a_trial_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,6 +79,30 @@ def test_a_trial_that_fails_leaves_posix_files_and_says_why(tmp_path: Path, monk
     assert choice.reason.endswith("KvikIO failed: no transfer today")
     with pytest.raises(BackendUnavailableError, match="no transfer today"):
         way_of(tmp_path, files="kvikio")
+
+
+def test_every_gpu_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has no GPUDirect Storage speaks for all, and so does one that fails."""
+    other = torch.device("cuda", 1)
+    found: dict[torch.device, DeviceIO | None] = {GPU: DeviceIO(True, "first"), other: DeviceIO(False, "second")}
+    monkeypatch.setattr(ways.gds, "unavailable_reason", lambda _: None)
+    monkeypatch.setattr(ways, "_trial_memory", lambda gpu: gpu)
+
+    def tried(_: str, gpu: Any, *, memory: str) -> DeviceIO:
+        assert memory == "slab"
+        if (trial := found[gpu]) is None:
+            raise BackendUnavailableError(f"{gpu} fails")
+        return trial
+
+    monkeypatch.setattr(ways, "try_device_io", tried)
+    with pytest.raises(BackendUnavailableError, match="second"):
+        choose_files(Options(files="gds"), str(tmp_path), "write", GPU, other)
+    assert choose_files(Options(files="kvikio"), str(tmp_path), "write", GPU, other).way == "compat"
+    assert choose_files(Options(files="gds"), str(tmp_path), "write", GPU).way == "gds"
+    found[other] = None
+    assert choose_files(Options(), str(tmp_path), "write", GPU, other).reason.endswith("KvikIO failed: cuda:1 fails")
+    found[other] = DeviceIO(True, "second")
+    assert choose_files(Options(), str(tmp_path), "write", GPU, other).way == "gds"
 
 
 def test_compat_mode_is_never_called_gpudirect_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +136,6 @@ def test_reads_are_direct_only_where_that_was_measured_to_be_faster(tmp_path: Pa
 @pytest.mark.parametrize("direction", ["write", "read"])
 def test_the_host_takes_threads_and_request_from_the_figures_too(tmp_path: Path, direction: Direction) -> None:
     """As a GPU's memory does."""
-    assert choose_files(Options(), str(tmp_path), direction, None)[1:3] == (None, None)
+    assert choose_files(Options(), str(tmp_path), direction)[1:3] == (None, None)
     measured(tmp_path, "cpu", direction, direct=1.0, buffered=1.0)
-    assert choose_files(Options(), str(tmp_path), direction, None)[1:3] == (4, 1 << 20)
+    assert choose_files(Options(), str(tmp_path), direction)[1:3] == (4, 1 << 20)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import pytest
+import torch
 
 from gpudcp.executors.cpu import CpuExecutor
 from gpudcp.executors.select import Selection
@@ -61,3 +62,10 @@ def test_other_ranks_of_a_node_teach_nothing(
     monkeypatch.setenv("LOCAL_RANK", "3")
     learn(*told)
     assert read_figures(place_of(told[0].path, GPU), "learned") == ()
+
+
+def test_a_transfer_of_several_gpus_teaches_nothing(told: tuple[TransferReport, Selection]) -> None:
+    """Its speed is that of all of them, and figures are of one."""
+    report, selection = told
+    learn(report, selection._replace(devices=[torch.device("cuda", 0), torch.device("cuda", 1)]))
+    assert read_figures(place_of(report.path, GPU), "learned") == ()

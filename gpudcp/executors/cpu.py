@@ -10,13 +10,15 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass
 from heapq import merge
-from typing import NamedTuple
 
-from gpudcp.chunkplan.load import LoadChunkPlan, SlabRead
+from gpudcp.arrays import Int64
+from gpudcp.chunkplan.load import NO_DESTINATION, LoadChunkPlan, SlabRead
 from gpudcp.chunkplan.save import ChunkWrite, LiteralWrite, SaveChunkPlan, SaveFilePlan
 from gpudcp.executors.base import FileReceipt, LoadTarget, SaveSource
 from gpudcp.executors.memory import CACHED_NBYTES, memory_at
+from gpudcp.executors.overlaps import extents_of
 from gpudcp.executors.packing import Packer
 from gpudcp.executors.slabs import HostSlab
 from gpudcp.executors.unpacking import Destinations
@@ -114,14 +116,14 @@ class CpuExecutor:
                     slab = None
                     if address is not None:
                         # Destinations may share memory, as tied weights do: the read that comes last is to win.
-                        while any(earlier.overlaps(address, read.nbytes) for earlier in in_flight):
+                        while any(earlier.reaches(address, read.nbytes, destinations) for earlier in in_flight):
                             finish_oldest()
                         into = memory_at(address, read.nbytes)
                     else:
                         slab = slabs.pop()
                         into = slab.view[: read.nbytes]
                     future = pool.submit(_read_and_checksum, open_file(read.path), read, into)
-                    in_flight.append(_ReadInFlight(read, slab, address, future))
+                    in_flight.append(_ReadInFlight(read, slab, future))
                 while in_flight:
                     finish_oldest()
             finally:
@@ -140,18 +142,22 @@ def _in_turn(files: Sequence[SaveFilePlan]) -> Iterator[tuple[int, ChunkWrite | 
     return ((number, write) for _, number, write in merge(*numbered, key=lambda each: each[0]))
 
 
-class _ReadInFlight(NamedTuple):
+@dataclass(slots=True)
+class _ReadInFlight:
     read: SlabRead
     slab: HostSlab | None
-    address: int | None
-    """Where it goes, if that is the destination itself."""
+    """None: it goes straight to its destination."""
     future: Future[list[int]]
+    extents: Int64 | None = None
+    """Of its destinations, where they had to be known."""
 
-    def overlaps(self, address: int, nbytes: int) -> bool:
-        """Whether it goes straight to some of these bytes of memory."""
-        return (
-            self.address is not None and self.address < address + nbytes and address < self.address + self.read.nbytes
-        )
+    def reaches(self, address: int, nbytes: int, destinations: Destinations) -> bool:
+        """Whether it may fill some of these bytes of memory, now or when it is unpacked."""
+        if self.extents is None:
+            boxes = [destinations.box(chunk) for chunk in self.read.chunks if chunk.position != NO_DESTINATION]
+            self.extents = extents_of(boxes)
+        starts, ends = self.extents.T
+        return bool(((starts < address + nbytes) & (address < ends)).any())
 
 
 def _read_and_checksum(file: FileReader, read: SlabRead, into: memoryview) -> list[int]:

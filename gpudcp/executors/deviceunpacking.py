@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from gpudcp.executors.casting import copy_cast
 from gpudcp.executors.compiling import checksumming, first_launch_apart, unpacking
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits
+from gpudcp.executors.overlaps import in_turns
 from gpudcp.report import Stopwatch
 
 _Pair = tuple[ChunkRead, torch.Tensor]
@@ -29,32 +30,17 @@ def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int, stopwatch:
         return crc32_ranges(lane.memory, byte_offsets, nbytes)
 
 
-def unpack(lane: Lane, read: SlabRead, pairs: Iterable[_Pair], *, first_byte: int, stopwatch: Stopwatch) -> None:
+def unpack(lane: Lane, read: SlabRead, pairs: Sequence[_Pair], *, first_byte: int, stopwatch: Stopwatch) -> None:
     """Unpack chunks of a read into their boxes of destinations on the lane's device, on the current stream.
 
     Destinations that share memory, as tied weights do, are filled one after the other: the last one wins.
     """
-    pairs = list(pairs)
     base = MARGIN_NBYTES + first_byte - read.byte_offset
-    for group in _apart(pairs):
-        _unpack_by_kernel(lane, [pair for pair in group if _is_for_kernel(*pair)], base, stopwatch)
-        for chunk, box in group:
+    for run in in_turns([box for _, box in pairs]):
+        _unpack_by_kernel(lane, [pair for pair in pairs[run] if _is_for_kernel(*pair)], base, stopwatch)
+        for chunk, box in pairs[run]:
             if not _is_for_kernel(chunk, box):
                 _unpack_by_torch(lane, chunk, box, base)
-
-
-def _apart(pairs: Iterable[_Pair]) -> list[list[_Pair]]:
-    """The pairs, in order, in as few groups as leave no two boxes of one address in a group."""
-    groups: list[list[_Pair]] = [[]]
-    addresses: set[int] = set()
-    for pair in pairs:
-        address = pair[1].data_ptr()
-        if address in addresses:
-            groups.append([])
-            addresses.clear()
-        addresses.add(address)
-        groups[-1].append(pair)
-    return groups
 
 
 def _is_for_kernel(chunk: ChunkRead, box: torch.Tensor) -> bool:

@@ -285,6 +285,28 @@ def test_a_destination_that_is_not_plain_memory_is_not_read_into(files: Files, d
     assert not any(call.address in inside for call in files.calls_of("read"))
 
 
+def test_a_read_straight_into_memory_waits_for_earlier_ones_that_are_unpacked_there(files: Files) -> None:
+    """Else what comes first in the file would be what stands there at the end."""
+    stored = [random_tensor(50), random_tensor(100_000, seed=1)]
+    data, requests, checks = requests_of(stored)
+    files.put("file", data)
+    plan = plan_load(requests, checks, slab_nbytes=512 << 10, gap_nbytes=0)
+    assert [read.is_straight for read in plan.reads] == [False, True]
+    has_read_second = threading.Event()
+
+    def on_call(call: Call) -> None:
+        if call.kind == "read" and call.nbytes > 200:
+            has_read_second.set()
+        elif call.kind == "read":
+            has_read_second.wait(0.3)
+
+    files.on_call = on_call
+    destination = torch.zeros(100_000)
+    target = Target({0: destination[7:57], 1: destination})
+    executor_of(lanes=4, threads=2).load(plan, target, files.open_reader, Stopwatch())
+    assert naive_payload(destination, torch.float32) == naive_payload(stored[1], torch.float32)
+
+
 def test_files_are_touched_by_as_many_threads_as_the_options_say(files: Files) -> None:
     """Writes and reads are the pool's, all else is the caller's."""
     threads: dict[str, set[int]] = {}

@@ -246,6 +246,39 @@ def test_tied_destinations_take_what_comes_last_and_cost_one_launch_more(monkeyp
     assert torch.equal(tied.view(torch.int32), entries[3].view(torch.int32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_destinations_that_overlap_in_part_take_what_comes_last(tmp_path: Path, dtype: torch.dtype) -> None:
+    """From whichever bytes on; one is cast and the other is not, or both."""
+    saved = {"a": torch.arange(50.0), "b": -torch.arange(52, dtype=dtype), "c": torch.arange(9.0) + 0.5}
+    dcp.save(saved, checkpoint_id=tmp_path)
+    for executor in ("cpu", "interpret"):
+        place = torch.zeros(52)
+        places = {"a": place[1:51], "b": place, "c": place[20:29]}
+        gpudcp.load(places, tmp_path, options=gpudcp.Options(executor=executor))  # type: ignore[arg-type]
+        assert place[:20].tolist() == saved["b"][:20].tolist()
+        assert place[20:29].tolist() == saved["c"].tolist()
+        assert place[29:].tolist() == saved["b"][29:].tolist()
+
+
+def test_columns_of_one_tensor_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie between one another, and share nothing."""
+    launches: list[int] = []
+    inner = deviceunpacking._unpack_by_kernel
+    monkeypatch.setattr(
+        deviceunpacking,
+        "_unpack_by_kernel",
+        lambda lane, pairs, *rest: (launches.append(len(list(pairs))), inner(lane, pairs, *rest)),
+    )
+    entries = [random_tensor(20, 5, seed=n) for n in range(6)]
+    backend = MemoryBackend()
+    put_file(backend, entries)
+    whole = torch.zeros(20, 30)
+    target = Target(dict(enumerate(whole.split(5, dim=1))))
+    executor_of(InterpretedDevice()).load(load_plan_of(entries, slab_nbytes=8192), target, backend.open, Stopwatch())
+    assert launches == [6]
+    assert torch.equal(whole.view(torch.int32), torch.cat(entries, dim=1).view(torch.int32))
+
+
 def test_a_nan_is_cast_into_a_negative_view() -> None:
     """What kernels do not write goes by the same rule through torch."""
     entries = [torch.tensor([1.5, torch.nan], dtype=torch.bfloat16)]

@@ -9,7 +9,8 @@ the last read that was checked and committed.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from heapq import merge
@@ -72,18 +73,16 @@ class DeviceExecutor:
         self._has_checksum = has_checksum
         self._fallback = fallback
 
-    def _rings(self, stack: ExitStack, devices: Iterable[Device], *, slab_nbytes: int, least_nbytes: int) -> _Rings:
-        """Lanes of each of the devices, as long as the stack says.
+    def _rings(self, stack: ExitStack, nbytes: Mapping[Device, int], *, slab_nbytes: int, least_nbytes: int) -> _Rings:
+        """Lanes of each of the devices, as long as the stack says, for so many bytes.
 
         Raises:
             _NoRoomError: one of them has no room for a slab.
         """
         rings: dict[torch.device, Sequence[Lane]] = {}
-        for device in devices:
-            if device.torch_device in rings:
-                continue
+        for device, own_nbytes in nbytes.items():
             lanes = stack.enter_context(
-                acquired(device, self._lanes, slab_nbytes=slab_nbytes, least_nbytes=least_nbytes)
+                acquired(device, self._lanes, nbytes=own_nbytes, slab_nbytes=slab_nbytes, least_nbytes=least_nbytes)
             )
             if not lanes:
                 raise _NoRoomError(f"no room for slabs on {device.torch_device}")
@@ -100,9 +99,6 @@ class DeviceExecutor:
         except (RuntimeError, OSError, ValueError) as err:
             # Only slower: cuFile then moves the bytes through device memory of its own.
             self._note(f"slabs on {lanes[0].device.torch_device} are not registered with cuFile: {err}")
-
-    def _ran_out(self) -> str:
-        return f"out of memory in mid-transfer on {' or '.join(str(device.torch_device) for device in self._devices)}"
 
     def _taken_over(self, why: str) -> Executor:
         """The fallback, which is from now on what a report names."""
@@ -130,7 +126,7 @@ class DeviceExecutor:
         except RuntimeError as err:
             if not is_out_of_memory(err):
                 raise
-            why = self._ran_out()
+            why = f"out of memory in mid-transfer: {err}"
         # Not while the error is handled: its traceback keeps what the attempt had on the device.
         return self._taken_over(why).save(plan, source, open_file, stopwatch)
 
@@ -146,7 +142,10 @@ class DeviceExecutor:
         devices = [self._devices[file.group] for file in plan.files]
         with ExitStack() as stack:
             with stopwatch.phase("slabs"):
-                rings = self._rings(stack, devices, slab_nbytes=self.slab_nbytes, least_nbytes=least)
+                nbytes: Counter[Device] = Counter()
+                for file, device in zip(plan.files, devices, strict=True):
+                    nbytes[device] += file.nbytes
+                rings = self._rings(stack, nbytes, slab_nbytes=self.slab_nbytes, least_nbytes=least)
             writers = [stack.enter_context(open_file(file)) for file in plan.files]
             pool = ThreadPoolExecutor(self._threads, "gpudcp-write")
             stack.callback(pool.shutdown, cancel_futures=True)
@@ -189,7 +188,7 @@ class DeviceExecutor:
         except RuntimeError as err:
             if not is_out_of_memory(err):
                 raise
-            why = self._ran_out()
+            why = f"out of memory in mid-transfer: {err}"
         self._taken_over(why).load(load.rest(), Resumed(target, load.uncommitted()), open_file, stopwatch)
 
     def _load(
@@ -197,8 +196,9 @@ class DeviceExecutor:
     ) -> None:
         with ExitStack() as stack:
             with stopwatch.phase("slabs"):
-                # A read is as long as the plan says: halved slabs would not hold it.
-                rings = self._rings(stack, load.devices, slab_nbytes=slab_nbytes, least_nbytes=slab_nbytes)
+                # A read is as long as the plan says: halved slabs would not hold it. A short one takes a lane, too.
+                nbytes = {device: count * slab_nbytes for device, count in load.reads_by_device().items()}
+                rings = self._rings(stack, nbytes, slab_nbytes=slab_nbytes, least_nbytes=slab_nbytes)
             pool = ThreadPoolExecutor(self._threads, "gpudcp-read")
             stack.callback(pool.shutdown, cancel_futures=True)
             load.run(rings, pool, open_file)

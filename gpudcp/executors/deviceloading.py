@@ -47,11 +47,10 @@ class DeviceLoad:
         self._ncommitted = 0
         """Reads from the first one on whose payloads were checked, and whose items were committed if they are whole."""
 
-    @property
-    def devices(self) -> list[Device]:
-        """Those that have reads."""
-        owners = set(self._owners)
-        return [device for device in self._devices if device.torch_device in owners]
+    def reads_by_device(self) -> dict[Device, int]:
+        """How many reads each of those has that have any."""
+        counts = Counter(self._owners)
+        return {device: counts[device.torch_device] for device in self._devices if device.torch_device in counts}
 
     def rest(self) -> LoadChunkPlan:
         """What is left to do after an error. The lanes are let go of: their memory is what the error was about."""
@@ -69,7 +68,7 @@ class DeviceLoad:
         pool: ThreadPoolExecutor,
         open_file: Callable[[str], FileReader],
     ) -> None:
-        """Do all that the plan says, with at least one lane for each of `devices`."""
+        """Do all that the plan says, with at least one lane for each of `reads_by_device`."""
         self._free = {device: list(lanes) for device, lanes in rings.items()}
         for read, owner in zip(self._plan.reads, self._owners, strict=True):
             free = self._free[owner]
@@ -147,17 +146,22 @@ class DeviceLoad:
 
 
 def _owners(plan: LoadChunkPlan, target: LoadTarget, devices: Sequence[torch.device]) -> list[torch.device]:
-    """For each read the device to which most of its bytes go, as far as the target knows; the first one at a draw."""
+    """For each read the device to which most of its bytes go, as far as the target knows; the first one at a draw.
+
+    What goes to no device goes with the read before it: no device without bytes of its own gets lanes.
+    """
     if len(devices) == 1:
         return [devices[0]] * len(plan.reads)
-    owners: list[torch.device] = []
+    owners: list[torch.device | None] = []
     for read in plan.reads:
         nbytes: Counter[torch.device | None] = Counter()
         for chunk in read.chunks:
             if chunk.position != NO_DESTINATION:
                 nbytes[target.device_of(chunk.position)] += prod(chunk.lengths) * chunk.dtype.itemsize
-        owners.append(max(devices, key=nbytes.__getitem__))
-    return owners
+        most = max(devices, key=nbytes.__getitem__)
+        owners.append(most if nbytes[most] else None)
+    last = next(filter(None, owners), devices[0])
+    return [last := owner or last for owner in owners]
 
 
 class Resumed:

@@ -89,36 +89,42 @@ def _with_margins(slab_nbytes: int) -> int:
 
 
 @contextmanager
-def acquired(device: Device, count: int, *, slab_nbytes: int, least_nbytes: int) -> Iterator[Sequence[Lane]]:
-    """Up to ``count`` lanes with slabs of one size: ``slab_nbytes``, halved as long as the device has no room for one.
+def acquired(
+    device: Device, most: int, *, nbytes: int, slab_nbytes: int, least_nbytes: int
+) -> Iterator[Sequence[Lane]]:
+    """Lanes with slabs of one size: ``slab_nbytes``, halved as long as the device has no room for one.
 
-    `SPARE_NBYTES` stay free, for which lanes of earlier transfers are given up too. None at all where ``least_nbytes``
-    does not fit either. On leaving, everything in flight has ended.
+    As many as hold ``nbytes`` at once, up to ``most``; so many are kept, too. `SPARE_NBYTES` stay free, for which lanes
+    of earlier transfers are given up. None at all where ``least_nbytes`` does not fit either. On leaving, everything in
+    flight has ended.
     """
-    lanes = _take(device, count, slab_nbytes)
-    nbytes = slab_nbytes
-    while not lanes and nbytes // 2 >= least_nbytes:
-        nbytes = nbytes // 2 // SLAB_ALIGNMENT_NBYTES * SLAB_ALIGNMENT_NBYTES
-        lanes = _take(device, count, nbytes)
+
+    def taken() -> list[Lane]:
+        return _take(device, max(1, min(most, -(-nbytes // slab_nbytes))), most, slab_nbytes)
+
+    lanes = taken()
+    while not lanes and slab_nbytes // 2 >= least_nbytes:
+        slab_nbytes = slab_nbytes // 2 // SLAB_ALIGNMENT_NBYTES * SLAB_ALIGNMENT_NBYTES
+        lanes = taken()
     try:
         yield lanes
     finally:
         for lane in lanes:
             _settle(lane)
-        _give_back(lanes, count)
+        _give_back(lanes, most)
 
 
 _free: dict[tuple[torch.device, type], list[Lane]] = {}
 _guard = threading.Lock()
 
 
-def _take(device: Device, count: int, nbytes: int) -> list[Lane]:
-    key = device.torch_device, type(device)
+def _take(device: Device, count: int, most: int, nbytes: int) -> list[Lane]:
     with _guard:
-        known = _free.pop(key, [])
-    lanes = [lane for lane in known if lane.slab_nbytes == nbytes][:count]
-    _drop([lane for lane in known if lane not in lanes])
-    del known  # those of another size: their memory may be what is needed
+        known = _free.pop((device.torch_device, type(device)), [])
+    fitting = [lane for lane in known if lane.slab_nbytes == nbytes][:most]
+    lanes, idle = fitting[:count], fitting[count:]
+    _drop([lane for lane in known if lane not in fitting])
+    del known, fitting  # those of another size: their memory may be what is needed
     needed_nbytes = _with_margins(nbytes) + SPARE_NBYTES
     try:
         while len(lanes) < count and device.free_nbytes() >= needed_nbytes:
@@ -126,8 +132,9 @@ def _take(device: Device, count: int, nbytes: int) -> list[Lane]:
     except torch.OutOfMemoryError:
         pass
     # Less may be left than was counted on: the driver rounds up, and others allocate at the same time.
-    while lanes and device.free_nbytes() < SPARE_NBYTES:
-        _drop([lanes.pop()])
+    while (idle or lanes) and device.free_nbytes() < SPARE_NBYTES:
+        _drop([(idle or lanes).pop()])
+    _give_back(idle, most)
     return lanes
 
 
@@ -138,13 +145,13 @@ def give_up_idle(device: Device) -> None:
     _drop(idle)
 
 
-def _give_back(lanes: Sequence[Lane], count: int) -> None:
+def _give_back(lanes: Sequence[Lane], most: int) -> None:
     if not lanes:
         return
     key = lanes[0].device.torch_device, type(lanes[0].device)
     with _guard:
         kept = _free.setdefault(key, [])
-        room = max(0, count - len(kept))
+        room = max(0, most - len(kept))
         kept += lanes[:room]
     _drop(lanes[room:])
 

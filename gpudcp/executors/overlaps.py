@@ -15,9 +15,9 @@ import torch
 from gpudcp.arrays import Int64
 from gpudcp.boxes import extent_of_box
 
+# Pairs whose extents overlap are looked at up to so many, 45 ms on one core. Of more, all are taken to share memory,
+# which costs a launch for each box; so many boxes that lie between one another are hardly ever in one slab.
 _MOST_PAIRS = 1 << 17
-"""Pairs whose extents overlap are looked at one by one up to so many, which takes about 0.1 s. All pairs of more are
-taken to share memory: they cost a launch each, and many boxes that lie between one another are hardly ever in a slab."""
 
 
 def extents_of(boxes: Iterable[torch.Tensor]) -> Int64:
@@ -85,13 +85,12 @@ def _sharing(boxes: Sequence[torch.Tensor], first: Int64, second: Int64) -> tupl
 def _geometry(boxes: Sequence[torch.Tensor]) -> tuple[Int64, Int64, Int64]:
     """Addresses; strides in bytes and highest indices of each dimension, the bytes of an element being one more."""
     ndim = max(box.dim() for box in boxes)
-    addresses = np.array([box.data_ptr() for box in boxes], dtype=np.int64)
-    strides, reaches = np.zeros((2, len(boxes), ndim + 1), dtype=np.int64)
+    addresses: Int64 = np.array([box.data_ptr() for box in boxes], dtype=np.int64)
+    strides: Int64 = np.zeros((len(boxes), ndim + 1), dtype=np.int64)
+    reaches: Int64 = np.zeros((len(boxes), ndim + 1), dtype=np.int64)
     for row, box in enumerate(boxes):
-        strides[row, : box.dim()] = box.stride()
-        reaches[row, : box.dim()] = box.shape
-        strides[row] *= box.itemsize
-        reaches[row, : box.dim()] -= 1
+        strides[row, : box.dim()] = [stride * box.itemsize for stride in box.stride()]
+        reaches[row, : box.dim()] = [length - 1 for length in box.shape]
         strides[row, ndim], reaches[row, ndim] = 1, box.itemsize - 1
     strides[reaches == 0] = 0
     return addresses, strides, reaches
@@ -115,7 +114,7 @@ def _have_solutions(sums: Int64, strides: Int64, lows: Int64, highs: Int64) -> I
         undecided.append(rows[counts > 2])
         counts[counts > 2] = 0
         np.maximum(counts, 0, out=counts)
-        values = np.repeat(low, counts) + _positions_in(counts)
+        values: Int64 = np.repeat(low, counts) + _positions_in(counts)
         rests = np.repeat(rests, counts) - np.repeat(strides[rows, column], counts) * values
         rows = np.repeat(rows, counts)
     return np.unique(np.concatenate((rows, *undecided)))

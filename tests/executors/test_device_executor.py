@@ -436,7 +436,7 @@ def test_a_save_whose_device_fills_up_on_the_way_starts_over_on_the_fallback(
     assert len(files.calls_of("create")) == 2
     assert files.nopen == 0
     assert (executor.name, executor.checksum) == ("cpu", CpuExecutor.checksum)
-    assert notes == ["the cpu executor took over: out of memory in mid-transfer on cpu"]
+    assert notes == [f"the cpu executor took over: out of memory in mid-transfer: {error}"]
     assert not lanes_of_process._free
 
 

@@ -18,6 +18,8 @@ from gpudcp.executors.lanes import MARGIN_NBYTES, SPARE_NBYTES, Lane, acquired, 
 from gpudcp.files import kvikio
 
 MIB = 1 << 20
+MANY = 1 << 40
+"""Bytes for as many lanes as there may be."""
 
 
 class RecordingEvent:
@@ -76,9 +78,9 @@ def _no_lanes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lanes_are_kept_for_the_next_transfer() -> None:
     """The second one allocates nothing."""
     device = SmallDevice()
-    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192) as first:
+    with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as first:
         assert len({id(lane) for lane in first}) == 3
-    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192) as second:
+    with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as second:
         assert {id(lane) for lane in second} == {id(lane) for lane in first}
     assert len(device.made) == 3
 
@@ -90,7 +92,7 @@ def test_transfers_at_once_have_lanes_of_their_own_and_only_those_of_one_are_kep
         taken = [
             lane
             for _ in range(3)
-            for lane in stack.enter_context(acquired(device, 2, slab_nbytes=8192, least_nbytes=8192))
+            for lane in stack.enter_context(acquired(device, 2, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192))
         ]
         assert len({id(lane) for lane in taken}) == 6
         assert len({lane.memory.data_ptr() for lane in taken}) == 6
@@ -104,16 +106,16 @@ def test_slabs_are_registered_once_and_forgotten_before_they_are_freed(monkeypat
     monkeypatch.setattr(kvikio, "deregister", lambda tensor: known.remove(tensor.data_ptr()))
     device = SmallDevice()
     for _ in range(2):
-        with acquired(device, 2, slab_nbytes=8192, least_nbytes=8192) as own:
+        with acquired(device, 2, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as own:
             for lane in own:
                 lane.register()
             expected = sorted(lane.memory.data_ptr() for lane in own)
         assert sorted(known) == expected
-    with acquired(device, 2, slab_nbytes=4096, least_nbytes=4096):
+    with acquired(device, 2, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096):
         assert known == []
     with ExitStack() as stack:
         for _ in range(2):
-            for lane in stack.enter_context(acquired(device, 2, slab_nbytes=4096, least_nbytes=4096)):
+            for lane in stack.enter_context(acquired(device, 2, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096)):
                 lane.register()
     assert len(known) == 2
     kept = [lane.memory.data_ptr() for lanes in lanes_of_process._free.values() for lane in lanes]
@@ -134,10 +136,10 @@ def test_memory_that_cufile_does_not_let_go_of_is_never_freed(
     package = SimpleNamespace(memory_register=lambda _: None, memory_deregister=refuse)
     monkeypatch.setattr(kvikio, "_kvikio", lambda: package)
     monkeypatch.setattr(kvikio, "_registered", {})
-    with acquired(SmallDevice(), 1, slab_nbytes=8192, least_nbytes=8192) as taken:
+    with acquired(SmallDevice(), 1, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as taken:
         memory = taken[0].memory
         taken[0].register()
-    with acquired(SmallDevice(), 1, slab_nbytes=4096, least_nbytes=4096):
+    with acquired(SmallDevice(), 1, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096):
         assert [tensor is memory for tensor in kvikio._registered.values()] == [True]
     assert "cuFile said no" in caplog.text
 
@@ -147,7 +149,7 @@ def test_threads_never_share_a_lane() -> None:
     device, in_use, guard = InterpretedDevice(), set(), threading.Lock()
 
     def transfer(_: int) -> None:
-        with acquired(device, 2, slab_nbytes=4096, least_nbytes=4096) as own:
+        with acquired(device, 2, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096) as own:
             with guard:
                 assert not in_use & set(map(id, own))
                 in_use.update(map(id, own))
@@ -160,7 +162,7 @@ def test_threads_never_share_a_lane() -> None:
 
 def test_without_room_slabs_are_halved() -> None:
     """All lanes of a transfer have slabs of one size; there may be fewer of them."""
-    with acquired(SmallDevice(5 * MIB), 4, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
+    with acquired(SmallDevice(5 * MIB), 4, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
         assert {lane.slab_nbytes for lane in taken} == {4 * MIB}
         assert len(taken) == 1
 
@@ -178,13 +180,13 @@ class FillingDevice(SmallDevice):
 )
 def test_lanes_leave_room_for_what_is_allocated_later(free_nbytes: int, expected: list[int]) -> None:
     """Kernels, tables and checksums: fewer lanes first, then smaller slabs."""
-    with acquired(FillingDevice(free_nbytes), 3, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
+    with acquired(FillingDevice(free_nbytes), 3, nbytes=MANY, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
         assert [lane.slab_nbytes for lane in taken] == expected
 
 
 def test_a_device_whose_spare_room_is_taken_has_no_lanes() -> None:
     """Though a slab would fit: the kernels would not."""
-    with acquired(FillingDevice(SPARE_NBYTES), 3, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
+    with acquired(FillingDevice(SPARE_NBYTES), 3, nbytes=MANY, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
         assert not taken
 
 
@@ -200,28 +202,73 @@ def test_lanes_of_earlier_transfers_are_given_up_for_that_room() -> None:
             return first
 
     device = Filled()
-    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192):
+    with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192):
         pass
     device.free = (0, 0, SPARE_NBYTES)
-    with acquired(device, 3, slab_nbytes=8192, least_nbytes=8192) as taken:
+    with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as taken:
         assert len(taken) == 1
 
 
 def test_idle_lanes_can_be_given_up() -> None:
     """Those of one device; lanes in use stay."""
     device = SmallDevice()
-    with acquired(device, 1, slab_nbytes=8192, least_nbytes=8192) as taken:
-        with acquired(device, 2, slab_nbytes=8192, least_nbytes=8192):
+    with acquired(device, 1, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as taken:
+        with acquired(device, 2, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192):
             pass
         give_up_idle(device)
         assert not lanes_of_process._free
         assert len(taken) == 1
 
 
+@pytest.mark.parametrize(("nbytes", "count"), [(0, 1), (1, 1), (8192, 1), (8193, 2), (24576, 3), (MANY, 4)])
+def test_there_are_as_many_lanes_as_the_bytes_fill(nbytes: int, count: int) -> None:
+    """Up to so many; one at least."""
+    device = SmallDevice()
+    with acquired(device, 4, nbytes=nbytes, slab_nbytes=8192, least_nbytes=8192) as taken:
+        assert len(taken) == len(device.made) == count
+
+
+def test_a_small_transfer_keeps_the_lanes_of_a_large_one() -> None:
+    """Those that it does not need lie idle meanwhile, for the next large one; but never more than options say."""
+    device = SmallDevice()
+    with acquired(device, 4, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as large:
+        pass
+    with acquired(device, 4, nbytes=1, slab_nbytes=8192, least_nbytes=8192) as small:
+        assert len(small) == 1
+        with acquired(device, 4, nbytes=16384, slab_nbytes=8192, least_nbytes=8192) as other:
+            assert len({*small, *other}) == 3
+    with acquired(device, 4, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as again:
+        assert {*again} == {*large}
+    assert len(device.made) == 4
+    with acquired(device, 2, nbytes=1, slab_nbytes=8192, least_nbytes=8192):
+        pass
+    assert [len(kept) for kept in lanes_of_process._free.values()] == [2]
+
+
+def test_idle_lanes_are_given_up_before_those_that_are_needed() -> None:
+    """On a device that has filled up meanwhile."""
+
+    class Filled(SmallDevice):
+        free: tuple[int, ...] = ()
+
+        def free_nbytes(self) -> int:
+            first, *rest = self.free or (1 << 40,)
+            self.free = tuple(rest)
+            return first
+
+    device = Filled()
+    with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192):
+        pass
+    device.free = (0, 0, SPARE_NBYTES)
+    with acquired(device, 3, nbytes=1, slab_nbytes=8192, least_nbytes=8192) as taken:
+        assert len(taken) == 1
+        assert not any(lanes_of_process._free.values())
+
+
 def test_without_room_for_the_least_there_are_no_lanes() -> None:
     """And nothing was allocated on the way."""
     device = SmallDevice(MIB)
-    with acquired(device, 4, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
+    with acquired(device, 4, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
         assert not taken
     assert device.made == []
 
@@ -229,9 +276,9 @@ def test_without_room_for_the_least_there_are_no_lanes() -> None:
 def test_lanes_of_another_size_make_room() -> None:
     """What is kept from a transfer with larger slabs is not kept beside the new ones."""
     device = SmallDevice()
-    with acquired(device, 2, slab_nbytes=MIB, least_nbytes=MIB):
+    with acquired(device, 2, nbytes=MANY, slab_nbytes=MIB, least_nbytes=MIB):
         pass
-    with acquired(device, 2, slab_nbytes=8192, least_nbytes=8192):
+    with acquired(device, 2, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192):
         assert not lanes_of_process._free
     assert {lane.slab_nbytes for kept in lanes_of_process._free.values() for lane in kept} == {8192}
 
@@ -243,14 +290,17 @@ def test_an_error_of_the_device_other_than_no_room_is_raised() -> None:
         def new_slab(self, nbytes: int) -> torch.Tensor:
             raise RuntimeError(f"sticky, {nbytes}")
 
-    with pytest.raises(RuntimeError, match="sticky"), acquired(BrokenDevice(), 1, slab_nbytes=4096, least_nbytes=4096):
+    with (
+        pytest.raises(RuntimeError, match="sticky"),
+        acquired(BrokenDevice(), 1, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096),
+    ):
         pass
 
 
 def test_leaving_waits_for_all_that_streams_were_given() -> None:
     """Also for work whose end nobody recorded: it reads and writes memory of the caller."""
     device = SmallDevice()
-    with acquired(device, 2, slab_nbytes=4096, least_nbytes=4096) as taken:
+    with acquired(device, 2, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096) as taken:
         taken[0].kept.append(torch.zeros(1))
     for lane in taken:
         assert isinstance(lane.stream, RecordingStream)
@@ -270,10 +320,10 @@ def test_io_of_any_state_is_settled_on_leaving(state: str) -> None:
         future.set_exception(OSError("second"))
     if state == "cancelled":
         future.cancel()
-    with acquired(device, 1, slab_nbytes=4096, least_nbytes=4096) as taken:
+    with acquired(device, 1, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096) as taken:
         taken[0].future = future
     assert future.done()
-    with acquired(device, 1, slab_nbytes=4096, least_nbytes=4096) as again:
+    with acquired(device, 1, nbytes=MANY, slab_nbytes=4096, least_nbytes=4096) as again:
         assert again[0] is taken[0]
 
 

@@ -10,6 +10,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+
 from gpudcp.executors import overlaps
 from gpudcp.executors.overlaps import extents_of, in_turns
 

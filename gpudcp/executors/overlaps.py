@@ -114,9 +114,10 @@ def _have_solutions(sums: Int64, strides: Int64, lows: Int64, highs: Int64) -> I
         undecided.append(rows[counts > 2])
         counts[counts > 2] = 0
         np.maximum(counts, 0, out=counts)
-        values: Int64 = np.repeat(low, counts) + _positions_in(counts)
-        rests = np.repeat(rests, counts) - np.repeat(strides[rows, column], counts) * values
-        rows = np.repeat(rows, counts)
+        origins = np.repeat(np.arange(len(rows)), counts)
+        values = low[origins] + _positions_in(counts)
+        rests = rests[origins] - strides[rows[origins], column] * values
+        rows = rows[origins]
     return np.unique(np.concatenate((rows, *undecided)))
 
 

@@ -101,7 +101,8 @@ def _direct(directory: str) -> Capability:
         return Capability(
             name="direct",
             is_available=False,
-            reason=f"{directory} ({kind}) opens no file with O_DIRECT; writes are buffered",
+            reason=f"{directory} ({kind}) opens no file with O_DIRECT, so that writes are buffered: "
+            "use a directory of a file system that does, such as ext4 or xfs on a local disk",
         )
     choice = choose_write(directory, "auto")
     return Capability(name="direct", is_available=True, reason=f"O_DIRECT works in {directory}; auto: {choice.reason}")

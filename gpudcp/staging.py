@@ -79,13 +79,18 @@ class Stager:
                 # With what is inside: an object that holds a tensor of the state dict is saved with that one's whole
                 # memory, which must not be the arena, and with its own dtype and type.
                 memo[id(value)] = _copied_object(value, memo_of_objects)
-        copied_by_device: list[Callable[[], None]] = []
-        for device in {job.local.device for job in jobs.values()}:
+        # GPUs first: they copy, all at once, while the host does.
+        devices = sorted({job.local.device for job in jobs.values()}, key=lambda device: device.type != "cuda")
+        left_to_do: list[Callable[[], None]] = []
+        for device in devices:
             own = {key: job for key, job in jobs.items() if job.local.device == device}
-            copied_by_device += self._copy(device, own, memo, is_shared=is_shared)
+            left_to_do += self._copy(device, own, memo, is_shared=is_shared)
+        for device in devices:
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
 
         def finish() -> None:
-            for bring in copied_by_device:
+            for bring in left_to_do:
                 bring()
 
         # The structure around everything is copied by Python's own rules.
@@ -94,7 +99,10 @@ class Stager:
     def _copy(
         self, device: torch.device, jobs: dict[int, _Job], memo: dict[int, Any], *, is_shared: bool
     ) -> list[Callable[[], None]]:
-        """Copy tensors of one device; their copies, on the host, go into ``memo``. Returns what is left to do."""
+        """Begin to copy the tensors of one device; what is a host tensor in the end goes into ``memo``.
+
+        Returns what is left to do when the device has copied.
+        """
         starts, nbytes = {}, 0
         for key, job in jobs.items():
             starts[key] = nbytes
@@ -107,9 +115,6 @@ class Stager:
         for key, job in jobs.items():
             _copy_into(_view(host if on_device is None else on_device, starts[key], job), job.local)
             memo[key] = job.rewrapped(_view(host, starts[key], job))
-        if device.type != "cuda":
-            return []
-        torch.cuda.current_stream(device).synchronize()
         return [] if on_device is None else [lambda: _bring(on_device, host)]
 
     def _arena(self, key: _Key, nbytes: int, allocate: Callable[[int, torch.device], _Arena]) -> _Arena:

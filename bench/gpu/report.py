@@ -30,7 +30,7 @@ _LEAST_S = 3.0
 _GRACE_S = 5.0
 _SHOWN_LINES = 25
 _KERNEL_TESTS = ("pack", "unpack", "dequant", "checksum", "casts")
-_TRANSFER_TESTS = ("transfers", "streams", "distributed")
+_TRANSFER_TESTS = ("transfers", "streams", "async", "distributed")
 _DESCRIBE = """
 import os, gpudcp
 from bench.gpu.hardware import clocks, describe_gpu
@@ -92,12 +92,13 @@ def all_parts(out: Path, *, commit: str) -> list[Part]:
         Part(name="kernels", command=(*tests, *in_parallel, *kernel_tests), share_s=85),
         bench("pack", 40),
         bench("crc", 35),
-        bench("small_tensors", 55),
-        bench("files", 170),
+        bench("small_tensors", 50),
+        bench("files", 160),
         Part(name="transfers", command=(*tests, "-rA", *transfer_tests, "tests/files/test_kvikio_gpu.py"), share_s=80),
+        bench("async", 20),
         Part(name="casts", command=(sys.executable, "tests/gpu/to_table.py"), share_s=15, keeps="cuda_to.json"),
         Part(name="memory", command=(*tests, "-rA", "tests/gpu/test_gpu_memory.py"), share_s=40),
-        Part(name="sanitizer", command=("make", "sanitize-gpu", f"PYTHON={sys.executable}"), share_s=30),
+        Part(name="sanitizer", command=("make", "sanitize-gpu", f"PYTHON={sys.executable}"), share_s=25),
     ]
 
 

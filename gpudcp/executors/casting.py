@@ -3,6 +3,9 @@
 Between floating-point dtypes of the rule float8_e4m3fn saturates and a NaN becomes the target's one NaN, so that every
 executor writes the same bytes: what torch's own casts do there depends on its version and on the code path. All other
 values, and all other pairs, are torch's ``copy_``.
+
+All other pairs start from host memory, as in a load of stock DCP, and torch's ``copy_`` then casts before it moves.
+What lies beyond an integer's range, of which a GPU makes something else, is then the same for stock and all executors.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
         for half, half_source in zip(into.chunk(2, first), source.chunk(2, first), strict=True):
             copy_cast(half, half_source)
         return
-    if into.is_cpu and not source.is_cpu:
-        source = source.cpu()  # so that no cast takes memory of the device, which may have none left
     is_by_rule = into.dtype in CANONICAL_NANS and source.dtype in CANONICAL_NANS
+    if not source.is_cpu and (into.is_cpu or not is_by_rule):
+        source = source.cpu()  # also so that no cast takes memory of the device, which may have none left
     into.copy_(in_range_of(into.dtype, source) if is_by_rule else source)
     if not is_by_rule or into.is_neg():  # a negated NaN has no bits of its own
         return

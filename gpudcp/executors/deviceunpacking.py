@@ -69,7 +69,7 @@ def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: 
 
 
 def _unpack_by_torch(lane: Lane, chunk: ChunkRead, box: torch.Tensor, base: int) -> None:
-    """Casts that the rule leaves to torch, and views of conjugates."""
+    """Casts that the rule leaves to torch, which makes them on the host, and views of conjugates."""
     start = base + chunk.byte_offset
     packed = lane.memory[start : start + chunk.nbytes].clone()  # a typed view must start on an element
     box, dtype = as_bits(box, chunk.dtype)

@@ -73,7 +73,7 @@ def test_files_are_the_cpu_executors_byte_for_byte(
 
 
 def test_a_load_casts_by_the_rule_and_leaves_the_rest_to_torch(tmp_path: Path) -> None:
-    """Floats among one another by a kernel; floats to integers by the destination's device."""
+    """Floats among one another by a kernel; floats to integers on the host."""
     values = torch.randn(300, 70, device=DEVICE) * 100
     save({"bf16": values, "int": values, "double": values}, tmp_path, executor=EXECUTOR)
     places = {
@@ -84,6 +84,18 @@ def test_a_load_casts_by_the_rule_and_leaves_the_rest_to_torch(tmp_path: Path) -
     load(places, tmp_path, executor=EXECUTOR)
     for place in places.values():
         assert torch.equal(bits(place), bits(values.to(place.dtype)))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64], ids=str)
+def test_what_no_integer_holds_becomes_what_stock_makes_of_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Though a GPU's own casts make something else of it; by the cuda executor and by the cpu executor."""
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e9, -3e9, 1e30, -7.5, 300.0] * 9, device=DEVICE)
+    save({"values": values}, tmp_path, executor=EXECUTOR)
+    by_stock, *places = ({"values": torch.zeros(72, dtype=dtype, device=DEVICE)} for _ in range(3))
+    dcp.load(by_stock, checkpoint_id=tmp_path)
+    for executor, place in zip((EXECUTOR, "cpu"), places, strict=True):
+        load(place, tmp_path, executor=executor)
+        assert differences(by_stock, place) == []
 
 
 @pytest.mark.parametrize("slab_nbytes", [None, 64 << 10])

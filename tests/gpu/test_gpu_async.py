@@ -1,0 +1,145 @@
+"""Background saves of tensors on a GPU: what is written is what the call saw, whatever training does meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from gpu_cases import DEVICE
+from gpu_states import State, bits, blank, differences, load, mixed_state
+
+import gpudcp
+from gpudcp import staging
+from gpudcp.planners import DefaultSavePlanner
+
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")]
+
+by_both = pytest.mark.parametrize("mode", ["thread", "process"])
+
+
+def begin(state: State, directory: Path, mode: str, planner: object = None) -> Any:
+    """A save in the background; its upload."""
+    options = gpudcp.Options(async_mode=mode)  # type: ignore[arg-type]
+    saved: Any = gpudcp.async_save(dict(state), directory, planner=planner, options=options)  # type: ignore[arg-type]
+    return saved.upload_completion
+
+
+def overwrite(state: State) -> None:
+    """As the next step of an optimizer does, in place and at once: their whole memory."""
+    for tensor in state.values():
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        whole.set_(tensor.untyped_storage(), 0, (tensor.untyped_storage().nbytes(),), (1,)).zero_()
+
+
+@by_both
+def test_a_snapshot_is_what_the_call_saw(tmp_path: Path, mode: str) -> None:
+    """Every dtype and layout, overwritten right after; stock reads it. The second one uses the first one's memory."""
+    for turn in range(2):
+        state = mixed_state(steps=200)
+        expected = {name: tensor.detach().clone() for name, tensor in state.items()}
+        directory = tmp_path / str(turn)
+        upload = begin(state, directory, mode)
+        overwrite(state)
+        upload.result()
+        loaded, by_stock = blank(expected), blank(expected)
+        load(loaded, directory)
+        dcp.load(by_stock, checkpoint_id=directory)
+        assert differences(expected, loaded) == differences(expected, by_stock) == []
+
+
+@by_both
+@pytest.mark.parametrize("stream", ["default", "own"])
+def test_tensors_still_being_computed_are_saved_as_they_will_be(tmp_path: Path, mode: str, stream: str) -> None:
+    """The snapshot comes after what the caller has queued, and before what it queues next."""
+    matrix = torch.randn(4096, 4096, device=DEVICE)
+    tensor = torch.zeros(1 << 24, device=DEVICE)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.default_stream() if stream == "default" else torch.cuda.Stream()):
+        for _ in range(20):
+            torch.mm(matrix, matrix)
+        tensor += 1
+        upload = begin({"tensor": tensor}, tmp_path, mode)
+        for _ in range(50):
+            tensor += 1
+        upload.result()
+    loaded = {"tensor": torch.zeros(1 << 24)}
+    load(loaded, tmp_path)
+    assert bool((loaded["tensor"] == 1).all())
+
+
+@by_both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float64], ids=str)
+def test_casts_on_the_way_are_the_rules(tmp_path: Path, mode: str, dtype: torch.dtype) -> None:
+    """The snapshot is cast on the device; its file holds what a save in the foreground holds."""
+    values = torch.randn(1000, 301, device=DEVICE) * 300
+    values.view(-1)[::77] = torch.nan
+    state = {"weight": values, "count": torch.arange(7, device=DEVICE), "columns": values[:, 3:50]}
+    begin(state, tmp_path / "background", mode, DefaultSavePlanner(dtype=dtype)).result()
+    gpudcp.save(dict(state), tmp_path / "foreground", planner=DefaultSavePlanner(dtype=dtype))
+    found: list[State] = []
+    for name in ("background", "foreground"):
+        places = {
+            name: torch.zeros(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in state.items()
+        }
+        load(places, tmp_path / name)
+        found.append(places)
+    assert differences(*found) == []
+    assert bool((bits(found[0]["weight"]) != 0).any())
+
+
+@by_both
+def test_a_gpu_without_room_for_a_snapshot_is_copied_to_the_host_at_once(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training waits longer then; the bytes are the same."""
+    monkeypatch.setattr(staging, "_on_device", lambda *_: None)
+    monkeypatch.setattr(gpudcp.api, "_stager", staging.Stager())
+    state = mixed_state(steps=10)
+    expected = {name: tensor.detach().clone() for name, tensor in state.items()}
+    upload = begin(state, tmp_path, mode)
+    overwrite(state)
+    upload.result()
+    loaded = blank(expected)
+    load(loaded, tmp_path)
+    assert differences(expected, loaded) == []
+
+
+@by_both
+def test_training_goes_on_beside_background_saves(tmp_path: Path, mode: str) -> None:
+    """Steps that allocate, free and copy to the host; each checkpoint holds the step at which it was asked for."""
+    weight = torch.zeros(1 << 22, device=DEVICE)
+    uploads: dict[int, Any] = {}
+    for step in range(60):
+        weight += torch.ones_like(weight)
+        float(weight[step])
+        if step % 15 == 0:
+            uploads[step] = begin({"weight": weight}, tmp_path / str(step), mode)
+    for step, upload in uploads.items():
+        upload.result()
+        loaded = {"weight": torch.zeros(1 << 22)}
+        load(loaded, tmp_path / str(step))
+        assert bool((loaded["weight"] == step + 1).all())
+
+
+@by_both
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_devices_are_copied_side_by_side(tmp_path: Path, mode: str) -> None:
+    """Each behind the work of its own stream."""
+    state = {str(n): torch.zeros(1 << 22, device=f"cuda:{n % 2}") for n in range(4)}
+    matrices = [torch.randn(4096, 4096, device=f"cuda:{number}") for number in range(2)]
+    for matrix in matrices:
+        for _ in range(10):
+            torch.mm(matrix, matrix)
+    for tensor in state.values():
+        tensor += 1
+    upload = begin(state, tmp_path, mode)
+    for tensor in state.values():
+        tensor += 1
+    upload.result()
+    loaded = {name: torch.zeros(1 << 22) for name in state}
+    load(loaded, tmp_path)
+    assert all(bool((tensor == 1).all()) for tensor in loaded.values())

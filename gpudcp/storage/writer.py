@@ -5,25 +5,20 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-import torch
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from gpudcp.arrays import Int64
-from gpudcp.chunkplan.save import ChunkWrite, SaveChunkPlan, SaveFilePlan, plan_save
+from gpudcp.chunkplan.save import SaveFilePlan, plan_save
 from gpudcp.collector import collector_paused
-from gpudcp.errors import CheckpointBusyError, CheckpointExistsError, GpuDcpError, PlanError
-from gpudcp.executors.base import Executor, FileReceipt
+from gpudcp.errors import CheckpointBusyError, CheckpointExistsError, PlanError
+from gpudcp.executors.base import Executor
 from gpudcp.executors.remote import RemoteExecutor, WriterProcess
 from gpudcp.executors.select import Selection, select
 from gpudcp.files.base import FileWriter
@@ -31,28 +26,21 @@ from gpudcp.files.commit import (
     DirectoryLock,
     data_file_name,
     draw_save_id,
-    file_to_replace,
-    is_data_file_name,
     make_directory,
     metadata_file_name,
     metadata_names,
-    rank_of_data_file,
-    remove_files,
-    replace_file,
-    stale_data_names,
 )
 from gpudcp.files.posix import fsync_directory
-from gpudcp.files.regular import open_regular
 from gpudcp.files.ways import open_writer
-from gpudcp.formats import index as index_format
-from gpudcp.formats.metadata import VERSION, decode_metadata, encode_metadata
+from gpudcp.formats.metadata import VERSION
 from gpudcp.items import WriteItems
 from gpudcp.options import Options
-from gpudcp.records import Indices, ItemRecords
+from gpudcp.records import ItemRecords
 from gpudcp.report import Stopwatch, TransferReport
+from gpudcp.storage.committing import commit
 from gpudcp.storage.learning import learn
 from gpudcp.storage.places import directory_of, is_directory_id
-from gpudcp.storage.results import WriteResults
+from gpudcp.storage.results import WriteResults, written_records
 from gpudcp.storage.sources import PlannerSource, literal_data
 from gpudcp.views import ANNOUNCEMENT, StorageData
 
@@ -214,7 +202,7 @@ class GpuStorageWriter(StorageWriter):
             return open_writer(path, selection.way, nbytes=file.nbytes, fsync=self.options.fsync)
 
         receipts = executor.save(chunk_plan, source, open_file, stopwatch)
-        records = _records(items, chunk_plan, receipts)
+        records = written_records(items, chunk_plan, receipts)
         self._written = records.paths
         with stopwatch.phase("fsync"):
             if self.options.fsync:
@@ -274,79 +262,7 @@ class GpuStorageWriter(StorageWriter):
         rank = None if self._use_collectives else self._rank
         if lost := [name for name in self._written if not os.path.exists(os.path.join(self.path, name))]:
             raise CheckpointBusyError(f"{self.path}: {', '.join(lost)} was removed before this save was committed")
-        self._warn_of_unseen(records)
-        name = metadata_file_name(rank)
-        replaced = self._replaced_names(name)
-        self._replace_metadata(name, metadata, records)
-        self._clean_up(set(records.paths), replaced, rank)
-
-    def _replace_metadata(self, name: str, metadata: Metadata, records: ItemRecords) -> None:
-        """Put the metadata in place, with an index beside it where that is worth it."""
-        encoded, fsync = encode_metadata(metadata, records), self.options.fsync
-        with ThreadPoolExecutor(1, "gpudcp-index") as beside:
-            # Beside each other, as NumPy lets go of the interpreter.
-            columns = beside.submit(index_format.index_columns, metadata, records)
-            with file_to_replace(self.path, name, encoded.parts(), fsync=fsync):
-                index = columns.result()
-                # The index first: beside the old .metadata it is of another one, and not read.
-                if index is not None:
-                    data = index.encoded(nbytes=encoded.pickle_nbytes, crc=encoded.crc32)
-                    replace_file(self.path, name + index_format.SUFFIX, [data], fsync=fsync)
-        if index is None:
-            with suppress(OSError):
-                os.unlink(os.path.join(self.path, name + index_format.SUFFIX))
-
-    def _warn_of_unseen(self, records: ItemRecords) -> None:
-        """Say so where the ranks' files are not all here. No error: some gather files of their nodes' own disks later.
-
-        One listing, as a look for each of thousands of files takes its time on a file system of many machines; of what
-        such a listing lacks, which may be behind, each is looked for.
-        """
-        listed = set(os.listdir(self.path))
-        unseen = [
-            path for path in records.paths if path not in listed and not os.path.lexists(os.path.join(self.path, path))
-        ]
-        if not unseen:
-            return
-        named = ", ".join(f"{path} of rank {rank_of_data_file(path)}" for path in unseen[:_MOST_NAMED])
-        warnings.warn(
-            f"{self.path}: {len(unseen)} of {len(records.paths)} files that the ranks have written are not in it: "
-            f"{named}{', ...' if len(unseen) > _MOST_NAMED else ''}; this checkpoint cannot be loaded without them. "
-            "All ranks must be given the same directory, on a file system that all of them see",
-            UserWarning,
-            stacklevel=2,
-        )
-
-    def _replaced_names(self, metadata_name: str) -> set[str]:
-        """Data files that the metadata about to be replaced names, by stock's names, which carry no save id."""
-        if not any(is_data_file_name(name, has_save_id=False) for name in os.listdir(self.path)):
-            return set()
-        names = self._names_in(metadata_name) or set()
-        return {name for name in names if is_data_file_name(name, has_save_id=False)}
-
-    def _clean_up(self, needed: set[str], replaced: set[str], rank: int | None) -> None:
-        for metadata_name in metadata_names(self.path):
-            if metadata_name != metadata_file_name(rank):
-                named = self._names_in(metadata_name)
-                if named is None:
-                    return  # unreadable: what it needs is unknown, so nothing is removed
-                needed |= named
-        stale = (set(stale_data_names(self.path, rank=rank)) | replaced) - needed
-        remove_files(self.path, stale, fsync=self.options.fsync, rank=rank)
-
-    def _names_in(self, metadata_name: str) -> set[str] | None:
-        """The files that a metadata file names; none if it does not exist, None if it cannot be read."""
-        path = os.path.join(self.path, metadata_name)
-        try:
-            with open(path, "rb", opener=open_regular) as file:
-                metadata = decode_metadata(file.read(), path=path, trust_pickle=False)
-            paths = [info.relative_path for info in (metadata.storage_data or {}).values()]
-            return {path for path in paths if isinstance(path, str)}
-        except FileNotFoundError:
-            return set()
-        except (OSError, GpuDcpError, AttributeError) as err:
-            _logger.warning("%s: cannot be read, so old files are left in place: %s", path, err)
-            return None
+        commit(self.path, metadata, records, rank=rank, fsync=self.options.fsync)
 
     def release(self) -> None:
         """Let the directory go. Safe to call at any time; a save that was not committed leaves the old checkpoint."""
@@ -370,43 +286,6 @@ class GpuStorageWriter(StorageWriter):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_lock": None, "_writer_process": None, "_is_beside_training": False}
-
-
-def _records(items: Sequence[WriteItem], plan: SaveChunkPlan, receipts: list[FileReceipt]) -> ItemRecords:
-    """One row for each write item, in their order.
-
-    Raises:
-        PlanError: an item has no receipt: some bytes were planned and not written.
-    """
-    writes = [write for file in plan.files for write in file.writes]
-    crcs = [crc for receipt in receipts for crc in receipt.crcs]
-    written = sum(receipt.nbytes for receipt in receipts)
-    if not len(items) == len(writes) == len(crcs) or written != plan.nbytes:
-        raise PlanError(
-            f"{len(items)} items were planned as {len(writes)} writes of {plan.nbytes} bytes; "
-            f"{len(crcs)} writes of {written} bytes were finished"
-        )
-    chunks = [write if isinstance(write, ChunkWrite) else None for write in writes]
-    numbers: dict[torch.dtype, int] = {}
-    dtype_ids = [-1 if chunk is None else numbers.setdefault(chunk.dtype, len(numbers)) for chunk in chunks]
-    positions = _column([write.position for write in writes])
-    path_ids = np.repeat(np.arange(len(plan.files), dtype=np.int32), [len(file.writes) for file in plan.files])
-    columns = items.columns if isinstance(items, WriteItems) else None
-    return ItemRecords(
-        indices=Indices.of(item.index for item in items) if columns is None else columns.indices(),
-        paths=[file.path for file in plan.files],
-        path_ids=path_ids,
-        byte_offsets=_column([write.byte_offset for write in writes]),
-        nbytes=_column([write.nbytes for write in writes]),
-        payload_offsets=_column([-1 if chunk is None else chunk.payload_offset for chunk in chunks]),
-        dtypes=list(numbers),
-        dtype_ids=np.array(dtype_ids, dtype=np.int32),
-        crcs=_column([-1 if crc is None else crc for crc in crcs]),
-    ).of_items(positions)
-
-
-def _column(values: list[int]) -> Int64:
-    return np.array(values, dtype=np.int64)
 
 
 def _own_results(results: Any) -> WriteResults:

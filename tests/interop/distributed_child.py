@@ -50,7 +50,7 @@ from gpudcp.errors import (
 )
 from gpudcp.files import commit, posix
 from gpudcp.planners import local_save_plan
-from gpudcp.storage import writer as writer_module
+from gpudcp.storage import committing
 
 # Far longer than any test may take: a rank that waits for it to pass never ends.
 TIMEOUT = timedelta(minutes=10)
@@ -853,7 +853,7 @@ DEATHS = {
     "in packing": Place(gpudcp.DefaultSavePlanner, "resolve_sources", 1),
     "in writing": Place(posix.PosixWriter, "write", 1),
     "in fsync": Place(posix.PosixWriter, "finish", 0),
-    "in commit": Place(writer_module, "file_to_replace", 0),
+    "in commit": Place(committing, "file_to_replace", 0),
 }
 
 

@@ -27,6 +27,7 @@ import gpudcp
 from gpudcp import api
 from gpudcp.files import commit
 from gpudcp.files.posix import PosixWriter
+from gpudcp.storage import committing
 from gpudcp.storage import writer as writer_module
 from gpudcp.storage.writer import GpuStorageWriter
 
@@ -45,9 +46,9 @@ class Clock:
         self._around(GpuStorageWriter, "write_data", "write", "end")
         self._around(PosixWriter, "finish", "fsync", "write")
         self._around(writer_module, "fsync_directory", "fsync", "write")
-        self._around(GpuStorageWriter, "_replace_metadata", "write", "end")
+        self._around(committing, "_replace_metadata", "write", "end")
         self._around(commit, "_put_in_place", "rename", "end")
-        self._around(GpuStorageWriter, "_clean_up", "clean-up", "end")
+        self._around(committing, "_clean_up", "clean-up", "end")
         sys.setprofile(self._tick)
 
     def _around(self, owner: Any, name: str, phase: str, after: str) -> None:

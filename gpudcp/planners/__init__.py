@@ -28,17 +28,6 @@ from torch.distributed.checkpoint.planner import (
 
 from gpudcp.planners.casts import CastRule
 from gpudcp.planners.closest import closest_names
-from gpudcp.planners.items import (
-    chunk_list,
-    dtensor_write_items,
-    find_shard,
-    object_write_item,
-    read_items_for,
-    read_items_for_chunk_list,
-    sharded_tensor_write_items,
-    tensor_write_item,
-    write_items_for,
-)
 from gpudcp.planners.load import DefaultLoadPlanner, EmptyStateDictLoadPlanner
 from gpudcp.planners.plans import (
     global_load_plan,
@@ -60,6 +49,17 @@ from gpudcp.planners.recipes import (
 )
 from gpudcp.planners.save import DefaultSavePlanner
 from gpudcp.planners.state_dicts import init_state_dict, iterate_state_dict, materialized
+from gpudcp.planners.values import (
+    chunk_list,
+    dtensor_write_items,
+    find_shard,
+    object_write_item,
+    read_items_for,
+    read_items_for_chunk_list,
+    sharded_tensor_write_items,
+    tensor_write_item,
+    write_items_for,
+)
 
 __all__ = [
     "BytesIOWriteData",

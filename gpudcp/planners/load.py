@@ -19,12 +19,12 @@ from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.formats.objects import load_object
 from gpudcp.items import ReadItems, StayingItems
 from gpudcp.planners.closest import missing_keys_text
-from gpudcp.planners.items import chunk_list, find_shard
 from gpudcp.planners.local import LocalItems, LocalItemsMaker, flattened, has_items
 from gpudcp.planners.matching import Match
 from gpudcp.planners.overrides import are_untouched
 from gpudcp.planners.plans import local_load_plan
 from gpudcp.planners.state_dicts import init_state_dict
+from gpudcp.planners.values import chunk_list, find_shard
 from gpudcp.views import ColumnMetadata
 
 OnDtypeMismatch = Literal["cast", "warn", "error"]

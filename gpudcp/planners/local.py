@@ -20,7 +20,7 @@ from gpudcp.items import template_number
 from gpudcp.names import Names
 from gpudcp.planners.casts import CastRule
 from gpudcp.planners.facts import PLAIN_TYPES, SIMPLE_TYPES, Facts, facts_of
-from gpudcp.planners.items import row_at, write_items_for
+from gpudcp.planners.values import row_at, write_items_for
 
 _CONTAINERS = (Mapping, list, tuple)
 # Neither containers nor ShardedTensors: what most values are is decided by type, once.

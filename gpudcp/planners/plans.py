@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import (
 from gpudcp._dcp import ShardedTensor
 from gpudcp.errors import MissingKeyError, PlanError
 from gpudcp.planners.closest import missing_keys_text
-from gpudcp.planners.items import has_chunks, read_items_for, shard_items, write_items_for
+from gpudcp.planners.values import has_chunks, read_items_for, shard_items, write_items_for
 
 
 def local_save_plan(state_dict: Mapping[str, Any]) -> SavePlan:

@@ -19,10 +19,10 @@ from gpudcp.items import WriteItems
 from gpudcp.planners.caching import PlanCache
 from gpudcp.planners.casts import CastRule, DtypeRequest
 from gpudcp.planners.coordinate import coordinate
-from gpudcp.planners.items import find_rows
 from gpudcp.planners.local import LocalItems, LocalItemsMaker, flattened
 from gpudcp.planners.overrides import are_untouched
 from gpudcp.planners.saveplans import columns_of_plan, with_columns
+from gpudcp.planners.values import find_rows
 from gpudcp.views import ANNOUNCEMENT, ColumnMetadata, Paths
 
 _logger = logging.getLogger("gpudcp")

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from gpudcp._dcp import ShardedTensor
 from gpudcp.errors import PlanError
-from gpudcp.planners.items import local_tensor
+from gpudcp.planners.values import local_tensor
 
 _T = TypeVar("_T")
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
 from gpudcp._dcp import group_timeout, new_gloo_group
-from gpudcp.executors.capture import relax_stream_capture
+from gpudcp.cudadriver import relax_stream_capture
 from gpudcp.ranks import Ranks
 
 _logger = logging.getLogger("gpudcp")

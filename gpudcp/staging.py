@@ -1,8 +1,8 @@
 """The snapshot that a background save writes: every value as it is at the call, in memory that is used again.
 
 Tensors go into one arena for each device, cast on the way where the planner would cast them, so that fewer bytes are
-kept. The arena of a GPU's tensors is on that GPU where there is room: copying there is what training waits for, and the
-thread that writes brings it to pinned host memory in pieces. Else they are copied to the host at once. It plans nothing
+kept. A GPU's tensors are first copied within it where there is room: that is what training waits for, and the thread
+that writes brings them to pinned host memory in pieces. Else they are copied to the host at once. It plans nothing
 and writes nothing.
 """
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 import copy
 import ctypes
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from gpudcp._dcp import dtensor_parts, dtensor_with_local
+from gpudcp.cudadriver import new_stream
 from gpudcp.executors.casting import copy_cast
+from gpudcp.executors.devicememory import pin
 from gpudcp.executors.memory import is_plain_memory
 from gpudcp.executors.sharedmemory import SharedSlab
 from gpudcp.executors.slabs import HostSlab
@@ -33,10 +36,6 @@ _PIECE_NBYTES = 32 << 20
 _SMALL_NBYTES = 64 << 10
 
 
-_Key = tuple[torch.device, str]
-_Arena = TypeVar("_Arena", torch.Tensor, torch.Tensor | None)
-
-
 class Snapshot(NamedTuple):
     """A copy of a state dict, which nothing that training does changes."""
 
@@ -49,8 +48,7 @@ class Stager:
     """Takes snapshots, one at a time: the next one is taken into the same memory."""
 
     def __init__(self) -> None:
-        self._arenas: dict[_Key, torch.Tensor] = {}
-        self._shared: dict[torch.device, SharedSlab] = {}
+        self._slabs: dict[tuple[torch.device, type], HostSlab | SharedSlab] = {}
 
     def stage(
         self, state_dict: Mapping[str, Any], casts: CastRule | None, *, nested: bool, is_shared: bool
@@ -90,8 +88,8 @@ class Stager:
                 torch.cuda.current_stream(device).synchronize()
 
         def finish() -> None:
-            for bring in left_to_do:
-                bring()
+            while left_to_do:
+                left_to_do.pop()()  # and its device memory is free
 
         # The structure around everything is copied by Python's own rules.
         return Snapshot(copy.deepcopy(dict(state_dict), memo), finish)
@@ -107,30 +105,24 @@ class Stager:
         for key, job in jobs.items():
             starts[key] = nbytes
             nbytes += -(-prod(job.local.shape) * job.dtype.itemsize // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES
-        if is_shared:
-            host = self._arena((device, "shared"), nbytes, self._share)
-        else:
-            host = self._arena((device, "host"), nbytes, _on_host)
-        on_device = self._arena((device, "device"), nbytes, _on_device) if device.type == "cuda" else None
+        host = self._host_memory(SharedSlab if is_shared else HostSlab, nbytes, device)
+        on_device = _device_memory(nbytes, device) if device.type == "cuda" else None
         for key, job in jobs.items():
             _copy_into(_view(host if on_device is None else on_device, starts[key], job), job.local)
             memo[key] = job.rewrapped(_view(host, starts[key], job))
         return [] if on_device is None else [lambda: _bring(on_device, host)]
 
-    def _arena(self, key: _Key, nbytes: int, allocate: Callable[[int, torch.device], _Arena]) -> _Arena:
-        """Flat uint8 of so many bytes: that of the last snapshot if it is large enough."""
-        arena = self._arenas.pop(key, None)
-        if arena is None or arena.nbytes < nbytes:
-            del arena  # before there is another one
-            arena = allocate(nbytes, key[0])
-        if arena is not None:
-            self._arenas[key] = arena
-            return arena[:nbytes]
-        return arena
-
-    def _share(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        self._shared[device] = SharedSlab(max(nbytes, 1))
-        return self._shared[device].tensor
+    def _host_memory(self, kind: type[HostSlab] | type[SharedSlab], nbytes: int, device: torch.device) -> torch.Tensor:
+        """Flat uint8 of so many bytes: that of the last snapshot if it is large enough; pinned, for a GPU."""
+        slab = self._slabs.pop((device, kind), None)
+        if slab is None or slab.nbytes < nbytes:
+            del slab  # before there is another one
+            slab = kind(max(nbytes, 1))
+            if device.type == "cuda":
+                with suppress(torch.OutOfMemoryError):  # copies take longer then
+                    pin(slab, device)
+        self._slabs[device, kind] = slab
+        return slab.tensor[:nbytes]
 
 
 class _Job(NamedTuple):
@@ -196,7 +188,7 @@ def _copy_into(copied: torch.Tensor, source: torch.Tensor) -> None:
 
 def _bring(arena: torch.Tensor, host: torch.Tensor) -> None:
     """Copy device memory to the host, piece by piece, so that training's own transfers come in between."""
-    stream: Any = torch.cuda.Stream(arena.device)  # type: ignore[no-untyped-call]
+    stream = new_stream(arena.device)
     # To wait for a stream may keep a core busy, which training could use; a blocking event sleeps.
     copied: Any = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
@@ -206,20 +198,13 @@ def _bring(arena: torch.Tensor, host: torch.Tensor) -> None:
             copied.synchronize()
 
 
-def _on_device(nbytes: int, device: torch.device) -> torch.Tensor | None:
+def _device_memory(nbytes: int, device: torch.device) -> torch.Tensor | None:
+    """Flat uint8, for as long as it takes to bring it to the host; None: there is no room."""
     free, _ = torch.cuda.mem_get_info(device)
-    if nbytes > free // 2:  # training needs some too, for activations that are not there now
+    # Training needs some too. What torch keeps for its next tensors does not count: it is for activations.
+    if nbytes > free // 2:
         return None
     try:
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
     except torch.OutOfMemoryError:
         return None
-
-
-def _on_host(nbytes: int, device: torch.device) -> torch.Tensor:
-    if device.type == "cuda":
-        try:
-            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError:  # no more memory can be pinned
-            pass
-    return HostSlab(max(nbytes, 1)).tensor[:nbytes]

@@ -39,9 +39,9 @@ class Places:
         """The address table, as the executor makes it for every slab."""
         from gpudcp.executors.boxtables import BoxTable
 
-        table = BoxTable()
-        for number, tensor in enumerate(self.tensors):
-            table.add(tensor.data_ptr(), number * NUMEL * 4, (NUMEL,), (1,))
+        table, count = BoxTable(), len(self.tensors)
+        addresses = [tensor.data_ptr() for tensor in self.tensors]
+        table.add_runs(addresses, range(0, count * NUMEL * 4, NUMEL * 4), [NUMEL] * count)
         return table.boxes()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from gpudcp_kernels.tables import Boxes
@@ -11,7 +11,7 @@ from gpudcp.arrays import Int64
 
 
 class BoxTable:
-    """Rows of boxes of any number of dimensions; `boxes` gives them all the most that one has."""
+    """Rows of boxes of any number of dimensions; `boxes` gives them all the most that one has. Runs come last."""
 
     def __init__(self) -> None:
         self._addresses: list[int] = []
@@ -19,9 +19,10 @@ class BoxTable:
         self._lengths: list[Sequence[int]] = []
         self._strides: list[Sequence[int]] = []
         self._file_strides: list[Sequence[int]] = []
+        self._runs: tuple[list[int], list[int], list[int]] = [], [], []
 
     def __len__(self) -> int:
-        return len(self._addresses)
+        return len(self._addresses) + len(self._runs[0])
 
     def add(
         self,
@@ -38,14 +39,23 @@ class BoxTable:
         self._strides.append(strides)
         self._file_strides.append(file_strides)
 
+    def add_runs(self, addresses: Iterable[int], byte_offsets: Iterable[int], lengths: Iterable[int]) -> None:
+        """Runs of neighbouring elements: nearly all that there is, so by columns. Not with boxes with file strides."""
+        for column, values in zip(self._runs, (addresses, byte_offsets, lengths), strict=True):
+            column.extend(values)
+
     def boxes(self) -> Boxes:
         """All of them."""
+        runs = self.of_runs(*(np.array(column, dtype=np.int64) for column in self._runs))
+        if not self._addresses:
+            return runs
         ndim = max(1, max(map(len, self._lengths), default=1))
+        ones, zeros = (np.full((len(self._runs[0]), ndim - 1), value, dtype=np.int64) for value in (1, 0))
         return Boxes(
-            addresses=np.array(self._addresses, dtype=np.int64),
-            byte_offsets=np.array(self._byte_offsets, dtype=np.int64),
-            lengths=_padded(self._lengths, ndim, 1),
-            strides=_padded(self._strides, ndim, 0),
+            addresses=np.concatenate((np.array(self._addresses, dtype=np.int64), runs.addresses)),
+            byte_offsets=np.concatenate((np.array(self._byte_offsets, dtype=np.int64), runs.byte_offsets)),
+            lengths=np.concatenate((_padded(self._lengths, ndim, 1), np.column_stack((ones, runs.lengths)))),
+            strides=np.concatenate((_padded(self._strides, ndim, 0), np.column_stack((zeros, runs.strides)))),
         )
 
     def file_strides(self) -> Int64:

@@ -101,7 +101,8 @@ class DeviceLoad:
             elsewhere = self._reached_by(on_host, but=device)
             if first_byte is None and not on_device:
                 crcs = [crc32(lane.host.view[s.slab_offset : s.slab_offset + s.nbytes]) for s in read.segments]
-                self._unpacking.append(_Step(read, lane, on_host, elsewhere, torch.tensor(crcs, dtype=torch.int64)))
+                found = torch.tensor(crcs, dtype=torch.int64, device="cpu")
+                self._unpacking.append(_Step(read, lane, on_host, elsewhere, found))
                 return
             # Where destinations share memory, the last read wins, whichever way its bytes and those before it go.
             while any(device in earlier.elsewhere for earlier in self._unpacking):
@@ -188,7 +189,7 @@ class _Step(NamedTuple):
     """What the host unpacks, from the host slab."""
     elsewhere: Collection[torch.device] = ()
     """Other devices with lanes that it unpacks to."""
-    crcs: torch.Tensor = torch.empty(0)
+    crcs: torch.Tensor = torch.empty(0, device="cpu")
     """Of the read's segments, when the lane's work has ended."""
 
 

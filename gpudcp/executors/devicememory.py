@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any
 
 import torch
 
+from gpudcp.cudadriver import context_of, driver
+from gpudcp.executors.sharedmemory import SharedSlab
 from gpudcp.executors.slabs import HostSlab
 
 _GRAIN_NBYTES = 2 << 20
@@ -31,47 +29,42 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
         torch.OutOfMemoryError: the driver has no room.
     """
     address, whole_nbytes = ctypes.c_uint64(), -(-nbytes // _GRAIN_NBYTES) * _GRAIN_NBYTES
-    with _context_of(device):
-        result = _driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(whole_nbytes))
+    with context_of(device):
+        result = driver().cuMemAlloc_v2(ctypes.byref(address), ctypes.c_size_t(whole_nbytes))
     if result != 0:
         raise torch.OutOfMemoryError(f"{device}: cuMemAlloc of {whole_nbytes} bytes: CUDA driver error {result}")
     memory = _Memory(address.value, whole_nbytes)
     weakref.finalize(memory, _free, address.value, device).atexit = False  # the driver may be gone by then
-    return torch.as_tensor(memory, device=device)[:nbytes]
+    with torch.inference_mode(False):  # the caller's own mode may have ended when the memory is used again
+        return torch.as_tensor(memory, device=device)[:nbytes]
 
 
-def pin(slab: HostSlab, device: torch.device) -> None:
+def pin(slab: HostSlab | SharedSlab, device: torch.device) -> None:
     """Register a host slab, for as long as it lives: the device then copies to and from it while the host goes on.
 
     Raises:
         torch.OutOfMemoryError: no more memory can be pinned.
     """
-    with _context_of(device):
-        result = _driver().cuMemHostRegister_v2(
+    with context_of(device):
+        result = driver().cuMemHostRegister_v2(
             ctypes.c_void_p(slab.address), ctypes.c_size_t(slab.nbytes), ctypes.c_uint(_PORTABLE)
         )
     if result != 0:
         raise torch.OutOfMemoryError(f"{slab.nbytes} bytes of host memory: cuMemHostRegister: driver error {result}")
+    if isinstance(slab, HostSlab):
+        slab.keep_from_children()
     # The memory itself is unmapped later: the slab and its tensor go first.
     weakref.finalize(slab, _unpin, slab.address, device).atexit = False
 
 
 def _free(address: int, device: torch.device) -> None:
-    with _context_of(device):
-        _driver().cuMemFree_v2(ctypes.c_uint64(address))
+    with context_of(device):
+        driver().cuMemFree_v2(ctypes.c_uint64(address))
 
 
 def _unpin(address: int, device: torch.device) -> None:
-    with _context_of(device):
-        _driver().cuMemHostUnregister(ctypes.c_void_p(address))
-
-
-@contextmanager
-def _context_of(device: torch.device) -> Iterator[None]:
-    """The device's context is this thread's meanwhile."""
-    with torch.cuda.device(device):
-        torch.cuda.mem_get_info(device)  # torch makes none current for a device that is the thread's already
-        yield
+    with context_of(device):
+        driver().cuMemHostUnregister(ctypes.c_void_p(address))
 
 
 class _Memory:
@@ -79,8 +72,3 @@ class _Memory:
 
     def __init__(self, address: int, nbytes: int) -> None:
         self.__cuda_array_interface__ = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "version": 3}
-
-
-@cache
-def _driver() -> Any:
-    return ctypes.CDLL("libcuda.so.1")

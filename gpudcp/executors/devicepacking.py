@@ -8,6 +8,7 @@ their patches stay on the device until the file is done.
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,11 +27,14 @@ from gpudcp.executors.base import SaveSource
 from gpudcp.executors.boxtables import BoxTable
 from gpudcp.executors.casting import copy_cast
 from gpudcp.executors.compiling import checksumming, first_launch_apart, packing
-from gpudcp.executors.devices import Device, Event
+from gpudcp.executors.devices import Device, Event, Stream
 from gpudcp.executors.lanes import MARGIN_NBYTES, Lane
 from gpudcp.executors.memory import as_bits, is_plain_memory, memory_at
 from gpudcp.formats.checksum import crc32
 from gpudcp.report import Stopwatch
+
+# What the host packs is on the device once more until it is scattered, beside the slab.
+_SCATTER_NBYTES = 4 << 20
 
 
 class SlabPacker:
@@ -48,6 +52,8 @@ class SlabPacker:
         self._host_crcs: dict[int, int] = {}
         self._slots: torch.Tensor | None = None
         self._packed: Event | None = None
+        self._stream: Stream | None = None
+        """Of the lane that packed last."""
         self._is_begun = False
         """Whether the slab at hand has work on the device already."""
         for row, write in enumerate(file.writes):
@@ -93,7 +99,10 @@ class SlabPacker:
         """The CRC-32 of each write, in the plan's order; None: not computed. Waits for the device."""
         if not self._has_checksum:
             return [None] * len(self._file.writes)
-        found = None if self._slots is None else finished(self._slots).tolist()
+        found = None
+        if self._slots is not None and self._stream is not None:
+            with self._stream.current():  # the caller's own may have other work to do first
+                found = finished(self._slots).tolist()
         return [
             self._host_crcs[row] if row in self._host_crcs else found[row]  # type: ignore[index]
             for row in range(len(self._file.writes))
@@ -133,7 +142,7 @@ class SlabPacker:
                 memory = memoryview(bytes(memory))
         else:
             tensor, dtype = as_bits(tensor, dtype)
-            packed = torch.empty(part.stop - start, dtype=dtype)
+            packed = torch.empty(part.stop - start, dtype=dtype, device="cpu")
             taken = 0
             for box in boxes_of_run(tuple(tensor.shape), start, part.stop):
                 view = _view(tensor, box).cpu()  # as it is: the rule's casts are the host's
@@ -176,6 +185,7 @@ class SlabPacker:
                     add_parts(self._slots, lane.memory, parts)
                 if patches:
                     self._patch(lane, self._slots, patches)
+            self._stream = lane.stream
             lane.event = self._packed = lane.stream.record()
             return self._packed
 
@@ -202,22 +212,24 @@ class SlabPacker:
             packed = lane.stream.record()
         packed.synchronize()
 
-    def _scatter(self, lane: Lane, staged: list[tuple[int, memoryview]]) -> None:
+    def _scatter(self, lane: Lane, staged: Iterable[tuple[int, memoryview]]) -> None:
         # The host slab has nothing to hold before this stream copies the filled slab into it.
-        end = 0
-        for _, memory in staged:
-            begin, end = end, end + len(memory)
-            lane.host.view[begin:end] = memory
-        on_device = lane.device.on_device(lane.host.tensor[:end])
-        lane.kept.append(on_device)
-        lengths = np.array([len(memory) for _, memory in staged], dtype=np.int64)
-        table = BoxTable.of_runs(
-            on_device.data_ptr() + np.cumsum(lengths) - lengths,
-            np.array([offset for offset, _ in staged], dtype=np.int64) + MARGIN_NBYTES,
-            lengths,
-        )
-        with first_launch_apart(self._stopwatch, lane.device.torch_device, *packing(torch.uint8, torch.uint8, table)):
-            pack_cast(table, lane.memory, memory_dtype=torch.uint8, file_dtype=torch.uint8)
+        filled = 0
+        for pieces in _batches(staged, nbytes=_SCATTER_NBYTES):
+            first = filled
+            for _, memory in pieces:
+                begin, filled = filled, filled + len(memory)
+                lane.host.view[begin:filled] = memory
+            on_device = lane.device.on_device(lane.host.tensor[first:filled])
+            lengths = np.array([len(memory) for _, memory in pieces], dtype=np.int64)
+            table = BoxTable.of_runs(
+                on_device.data_ptr() + np.cumsum(lengths) - lengths,
+                np.array([offset for offset, _ in pieces], dtype=np.int64) + MARGIN_NBYTES,
+                lengths,
+            )
+            kernels = packing(torch.uint8, torch.uint8, table)
+            with first_launch_apart(self._stopwatch, lane.device.torch_device, *kernels):
+                pack_cast(table, lane.memory, memory_dtype=torch.uint8, file_dtype=torch.uint8)
 
     def _patch(self, lane: Lane, slots: torch.Tensor, patches: list[tuple[int, int]]) -> None:
         rows, offsets = np.array(patches, dtype=np.int64).T
@@ -225,19 +237,24 @@ class SlabPacker:
             write_patches(lane.memory, slots, patch_slots=rows.copy(), byte_offsets=offsets + MARGIN_NBYTES)
 
     def _pack(self, lane: Lane, on_device: Iterable[tuple[PayloadPart, _Payload]]) -> None:
-        tables: dict[tuple[torch.dtype, torch.dtype], BoxTable] = {}
-        for part, payload in on_device:
-            tensor, dtype = payload.tensor, payload.dtype
-            table = tables.setdefault((tensor.dtype, dtype), BoxTable())
-            slab_offset = MARGIN_NBYTES + part.slab_offset
+        tables: defaultdict[tuple[torch.dtype, torch.dtype], BoxTable] = defaultdict(BoxTable)
+        runs: defaultdict[tuple[torch.dtype, torch.dtype], list[tuple[PayloadPart, torch.Tensor]]] = defaultdict(list)
+        for part, (tensor, dtype, _) in on_device:
             if tensor.is_contiguous():
-                address = tensor.data_ptr() + part.start * tensor.itemsize
-                table.add(address, slab_offset, (part.stop - part.start,), (1,))
+                runs[tensor.dtype, dtype].append((part, tensor))
                 continue
+            slab_offset = MARGIN_NBYTES + part.slab_offset
             for offsets, lengths in boxes_of_run(tuple(tensor.shape), part.start, part.stop):
                 view = _view(tensor, (offsets, lengths))
-                table.add(view.data_ptr(), slab_offset, lengths, view.stride())
+                tables[tensor.dtype, dtype].add(view.data_ptr(), slab_offset, lengths, view.stride())
                 slab_offset += view.numel() * dtype.itemsize
+        for pair, parts in runs.items():
+            itemsize = pair[0].itemsize
+            tables[pair].add_runs(
+                [tensor.data_ptr() + part.start * itemsize for part, tensor in parts],
+                [MARGIN_NBYTES + part.slab_offset for part, _ in parts],
+                [part.stop - part.start for part, _ in parts],
+            )
         for (memory_dtype, file_dtype), table in tables.items():
             boxes = table.boxes()
             with first_launch_apart(
@@ -264,6 +281,22 @@ class _Payload(NamedTuple):
     dtype: torch.dtype
     """In the file, or the integer type that moves its bits."""
     is_on_device: bool
+
+
+def _batches(staged: Iterable[tuple[int, memoryview]], *, nbytes: int) -> Iterator[list[tuple[int, memoryview]]]:
+    """Pieces of up to so many bytes together; longer ones are cut."""
+    batch: list[tuple[int, memoryview]] = []
+    room = nbytes
+    for offset, memory in staged:
+        while memory:
+            batch.append((offset, memory[:room]))
+            taken = len(batch[-1][1])
+            offset, memory, room = offset + taken, memory[taken:], room - taken
+            if not room:
+                yield batch
+                batch, room = [], nbytes
+    if batch:
+        yield batch
 
 
 def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from gpudcp.cudadriver import new_stream, relax_stream_capture
 from gpudcp.executors.devicememory import allocate, pin
 from gpudcp.executors.slabs import HostSlab
 
@@ -49,6 +50,12 @@ class Device(Protocol):
     def free_nbytes(self) -> int:
         """How much memory may still be allocated there, by whoever comes first."""
 
+    def spare_nbytes(self) -> int:
+        """Likewise by torch, which keeps some for its next tensors."""
+
+    def reclaim(self) -> None:
+        """Make torch give back what it keeps for its next tensors, as it does itself before it is out of memory."""
+
     def owns(self, tensor: torch.Tensor) -> bool:
         """Whether kernels on this device reach the tensor's memory."""
 
@@ -87,6 +94,14 @@ class CudaDevice:
     def free_nbytes(self) -> int:
         return torch.cuda.mem_get_info(self.torch_device)[0]
 
+    def spare_nbytes(self) -> int:
+        kept = torch.cuda.memory_reserved(self.torch_device) - torch.cuda.memory_allocated(self.torch_device)
+        return self.free_nbytes() + kept
+
+    def reclaim(self) -> None:
+        with torch.cuda.device(self.torch_device):
+            torch.cuda.empty_cache()
+
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.device == self.torch_device
 
@@ -102,7 +117,8 @@ class CudaDevice:
         return data.to(self.torch_device, non_blocking=True)
 
     def on_host(self, data: torch.Tensor) -> torch.Tensor:
-        return torch.empty(data.shape, dtype=data.dtype, pin_memory=True).copy_(data, non_blocking=True)
+        host = torch.empty(data.shape, dtype=data.dtype, device="cpu", pin_memory=True)
+        return host.copy_(data, non_blocking=True)
 
     def new_stream(self) -> Stream:
         return _CudaStream(self.torch_device)
@@ -111,12 +127,13 @@ class CudaDevice:
         # The first call of a thread, such as waiting for an event, else makes a context on device 0, whoever owns that.
         # It costs next to nothing where the device is the thread's already.
         torch.cuda.set_device(self.torch_device)
+        relax_stream_capture()
 
 
 class _CudaStream:
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = new_stream(device)
 
     def current(self) -> AbstractContextManager[Any]:
         return torch.cuda.stream(self._stream)
@@ -140,6 +157,12 @@ class InterpretedDevice:
 
     def free_nbytes(self) -> int:
         return sys.maxsize  # the host pages
+
+    def spare_nbytes(self) -> int:
+        return self.free_nbytes()
+
+    def reclaim(self) -> None:
+        pass
 
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.is_cpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -49,10 +50,20 @@ def _is_for_kernel(chunk: ChunkRead, box: torch.Tensor) -> bool:
 
 
 def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: Stopwatch) -> None:
-    tables: dict[tuple[torch.dtype, torch.dtype, bool], BoxTable] = {}
+    tables: defaultdict[tuple[torch.dtype, torch.dtype, bool], BoxTable] = defaultdict(BoxTable)
+    runs: defaultdict[tuple[torch.dtype, torch.dtype, bool], list[_Pair]] = defaultdict(list)
     for chunk, box in pairs:
-        table = tables.setdefault((chunk.dtype, box.dtype, chunk.is_dense), BoxTable())
-        table.add(box.data_ptr(), base + chunk.byte_offset, chunk.lengths, box.stride(), chunk.strides)
+        key = chunk.dtype, box.dtype, chunk.is_dense
+        if chunk.is_dense and box.is_contiguous():
+            runs[key].append((chunk, box))
+        else:
+            tables[key].add(box.data_ptr(), base + chunk.byte_offset, chunk.lengths, box.stride(), chunk.strides)
+    for key, parts in runs.items():
+        tables[key].add_runs(
+            [box.data_ptr() for _, box in parts],
+            [base + chunk.byte_offset for chunk, _ in parts],
+            [box.numel() for _, box in parts],
+        )
     slab = lane.memory[:-MARGIN_NBYTES]  # what follows is what kernels may read beyond its end
     for (file_dtype, memory_dtype, is_dense), table in tables.items():
         boxes = table.boxes()

@@ -95,16 +95,21 @@ def acquired(
     """Lanes with slabs of one size: ``slab_nbytes``, halved as long as the device has no room for one.
 
     As many as hold ``nbytes`` at once, up to ``most``; so many are kept, too. `SPARE_NBYTES` stay free, for which lanes
-    of earlier transfers are given up. None at all where ``least_nbytes`` does not fit either. On leaving, everything in
-    flight has ended.
+    of earlier transfers are given up, and then what torch keeps for its next tensors. None at all where
+    ``least_nbytes`` does not fit even so. On leaving, everything in flight has ended.
     """
 
     def taken() -> list[Lane]:
-        return _take(device, max(1, min(most, -(-nbytes // slab_nbytes))), most, slab_nbytes)
+        size = slab_nbytes
+        lanes = _take(device, nbytes, most, size)
+        while not lanes and size // 2 >= least_nbytes:
+            size = size // 2 // SLAB_ALIGNMENT_NBYTES * SLAB_ALIGNMENT_NBYTES
+            lanes = _take(device, nbytes, most, size)
+        return lanes
 
     lanes = taken()
-    while not lanes and slab_nbytes // 2 >= least_nbytes:
-        slab_nbytes = slab_nbytes // 2 // SLAB_ALIGNMENT_NBYTES * SLAB_ALIGNMENT_NBYTES
+    if not lanes and device.spare_nbytes() - device.free_nbytes() >= _with_margins(least_nbytes):
+        device.reclaim()
         lanes = taken()
     try:
         yield lanes
@@ -118,21 +123,22 @@ _free: dict[tuple[torch.device, type], list[Lane]] = {}
 _guard = threading.Lock()
 
 
-def _take(device: Device, count: int, most: int, nbytes: int) -> list[Lane]:
+def _take(device: Device, nbytes: int, most: int, slab_nbytes: int) -> list[Lane]:
+    count = max(1, min(most, -(-nbytes // slab_nbytes)))
     with _guard:
         known = _free.pop((device.torch_device, type(device)), [])
-    fitting = [lane for lane in known if lane.slab_nbytes == nbytes][:most]
+    fitting = [lane for lane in known if lane.slab_nbytes == slab_nbytes][:most]
     lanes, idle = fitting[:count], fitting[count:]
     _drop([lane for lane in known if lane not in fitting])
     del known, fitting  # those of another size: their memory may be what is needed
-    needed_nbytes = _with_margins(nbytes) + SPARE_NBYTES
+    needed_nbytes = _with_margins(slab_nbytes) + SPARE_NBYTES
     try:
         while len(lanes) < count and device.free_nbytes() >= needed_nbytes:
-            lanes.append(Lane(device, nbytes))
+            lanes.append(Lane(device, slab_nbytes))
     except torch.OutOfMemoryError:
         pass
     # Less may be left than was counted on: the driver rounds up, and others allocate at the same time.
-    while (idle or lanes) and device.free_nbytes() < SPARE_NBYTES:
+    while (idle or lanes) and device.spare_nbytes() < SPARE_NBYTES:
         _drop([(idle or lanes).pop()])
     _give_back(idle, most)
     return lanes

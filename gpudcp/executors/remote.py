@@ -216,7 +216,7 @@ class _Source:
         place, data, dtype, sizes, strides = self._tensors[position]
         if place is None:
             if not data:
-                return torch.empty(sizes, dtype=dtype)
+                return torch.empty(sizes, dtype=dtype, device="cpu")
             return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).view(sizes)
         nbytes = extent_of_box(strides, sizes) * dtype.itemsize
         memory = self._mapped[place.path][place.byte_offset : place.byte_offset + nbytes]

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ THREADS = 2
 _LEAST_HOST_SLAB_NBYTES = 1 << 20
 
 _REMEDY = "use Options(executor='auto') or 'cpu'"
+_LEAST_CAPABILITY = 8, 0  # of the GPUs that the compile checks of the kernels begin with
 
 
 class Selection(NamedTuple):
@@ -101,6 +103,23 @@ def unavailable(executor: str) -> str | None:
         return f"this process interprets its kernels: unset TRITON_INTERPRET, or {_REMEDY}"
     if c_compiler() is None:
         return f"Triton needs a C compiler at its first launch and finds none: install gcc, set CC, or {_REMEDY}"
+    if (why := _why_no_launch()) is not None:
+        return (
+            f"Triton cannot launch a kernel here ({why}): it needs Python.h, libcuda where ldconfig -p lists it or "
+            f"TRITON_LIBCUDA_PATH says, and a cache that it can write to, TRITON_CACHE_DIR; or {_REMEDY}"
+        )
+    return None
+
+
+@cache
+def _why_no_launch() -> str | None:
+    """What Triton says when it prepares its first launch, for which it compiles and loads some C; asked once."""
+    import triton
+
+    try:
+        triton.runtime.driver.active.utils  # noqa: B018
+    except Exception as err:  # of whatever kind: the cpu executor is there
+        return f"{type(err).__name__}: {err}"
     return None
 
 
@@ -124,6 +143,9 @@ def _choose_devices(
     if asked == "auto" and (why := unavailable("cuda")) is not None:
         return [], f"the cpu executor: {why}"
     on_gpu = on_gpu or [_current()]
+    if asked == "auto" and (too_old := [device for device in on_gpu if _capability(device) < _LEAST_CAPABILITY]):
+        named = ", ".join(map(str, too_old))
+        return [], f"the cpu executor: {named} has compute capability below 8.0, for which no kernel was ever compiled"
     named = ", ".join(map(str, on_gpu))
     reason = "Options(executor='cuda')" if asked == "cuda" else f"the cuda executor: tensors on {named}"
     if len(on_gpu) > 1:
@@ -165,6 +187,10 @@ def _is_interpreting() -> bool:
     from gpudcp_kernels.triton_api import IS_INTERPRETING
 
     return IS_INTERPRETING
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _current() -> torch.device:

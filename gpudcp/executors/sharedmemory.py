@@ -39,12 +39,12 @@ class SharedSlab:
         weakref.finalize(self, os.close, self._fd)
         os.ftruncate(self._fd, nbytes)
         self.tensor = _mapped(self._fd, nbytes)
-        self._address = self.tensor.data_ptr()
+        self.address = self.tensor.data_ptr()
         _slabs.add(self)
 
     def place(self, address: int, nbytes: int) -> SharedPlace | None:
         """Where these bytes of memory are, if they are in this slab."""
-        start = address - self._address
+        start = address - self.address
         if not 0 <= start <= start + nbytes <= self.nbytes:
             return None
         return SharedPlace(f"/proc/{os.getpid()}/fd/{self._fd}", self.nbytes, start)
@@ -69,4 +69,5 @@ def map_shared(path: str, nbytes: int) -> torch.Tensor:
 
 
 def _mapped(fd: int, nbytes: int) -> torch.Tensor:
-    return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+    with torch.inference_mode(False):  # the caller's own mode may have ended when the memory is used again
+        return torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)

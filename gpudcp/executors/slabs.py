@@ -27,9 +27,19 @@ class HostSlab:
         if is_huge:
             with suppress(OSError):  # a kernel without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
-        mapped = torch.frombuffer(memory, dtype=torch.uint8)
-        start = -mapped.data_ptr() % _HUGE_PAGE_NBYTES if is_huge else 0
+        with torch.inference_mode(False):  # the caller's own mode may have ended when the slab is used again
+            mapped = torch.frombuffer(memory, dtype=torch.uint8)
+            start = -mapped.data_ptr() % _HUGE_PAGE_NBYTES if is_huge else 0
+            self.tensor = mapped[start : start + nbytes]
         self.nbytes = nbytes
         self.view = memoryview(memory)[start : start + nbytes]
-        self.tensor = mapped[start : start + nbytes]
         self.address = self.tensor.data_ptr()
+
+    def keep_from_children(self) -> None:
+        """Processes that are forked from now on do not get this memory.
+
+        Of pages that a device copies to, a fork would have to make a copy at once (and older kernels may move them away
+        from under the device instead), for each worker that loads data.
+        """
+        if hasattr(mmap, "MADV_DONTFORK"):
+            self.view.obj.madvise(mmap.MADV_DONTFORK)  # type: ignore[attr-defined]

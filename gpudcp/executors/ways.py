@@ -64,7 +64,11 @@ def _tried(directory: str, gpus: Sequence[torch.device]) -> DeviceIO:
     Raises:
         BackendUnavailableError: one of them failed.
     """
-    trials = [try_device_io(directory, _trial_memory(gpu), memory="slab") for gpu in gpus]
+    try:
+        memories = [_trial_memory(gpu) for gpu in gpus]
+    except torch.OutOfMemoryError as err:
+        raise BackendUnavailableError(f"no room for a trial: {err}; use Options(files='auto') or 'posix'") from err
+    trials = [try_device_io(directory, memory, memory="slab") for memory in memories]
     return next((trial for trial in trials if not trial.is_gds), trials[0])
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from gpudcp.cudadriver import new_stream
 from gpudcp.errors import PlanError, TransferError
 from gpudcp.files.posix import PosixReader, PosixWriter
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
@@ -260,7 +261,7 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
         # thread's already, as device 0 is; cuFile wants one. Asking for the free memory is the cheapest call that
         # does it, and no stream is touched.
         torch.cuda.mem_get_info(device)
-        streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        streams[device] = new_stream(device)
     return streams[device]
 
 

@@ -161,7 +161,7 @@ class _DeviceSlot:
 
 
 def _pinned(nbytes: int) -> torch.Tensor:
-    memory = torch.empty(nbytes + SLAB_ALIGNMENT_NBYTES, dtype=torch.uint8, pin_memory=True)
+    memory = torch.empty(nbytes + SLAB_ALIGNMENT_NBYTES, dtype=torch.uint8, device="cpu", pin_memory=True)
     start = -memory.data_ptr() % SLAB_ALIGNMENT_NBYTES
     return memory[start : start + nbytes]
 
@@ -217,7 +217,7 @@ def _add_kvikio(
 
     try:
         tried = try_device_io(directory, allocate(TRIAL_NBYTES, device), memory="slab")
-    except BackendUnavailableError as err:
+    except (BackendUnavailableError, torch.OutOfMemoryError) as err:
         missing["gds"] = missing["compat"] = str(err)
         return
     if tried.is_gds:

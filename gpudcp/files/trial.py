@@ -17,6 +17,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from gpudcp.cudadriver import relax_stream_capture
 from gpudcp.errors import BackendUnavailableError, GpuDcpError, TransferError
 from gpudcp.files.kvikio import (
     compat_mode_refused,
@@ -93,6 +94,7 @@ def _bound_trial(directory: str, tensor: torch.Tensor) -> DeviceIO:
     if tensor.is_cuda:
         # A new thread's device is 0, and whatever returns to it makes a context there, whoever owns that.
         torch.cuda.set_device(tensor.device)
+        relax_stream_capture()
     return _trial(directory, tensor)
 
 

@@ -58,7 +58,7 @@ class PlannerTarget:
         if type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__:
             return tensor
         self._wrappers[position] = tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
 
     def commit(self, position: int, tensor: torch.Tensor) -> None:
         """Hand the filled tensor back."""

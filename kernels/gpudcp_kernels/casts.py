@@ -149,7 +149,7 @@ def in_range_of(dtype: torch.dtype, tensor: torch.Tensor) -> torch.Tensor:
 @cache
 def _saturates_on_cpu() -> bool:
     """Of this torch. Asked, as clamping takes as long as the cast itself."""
-    return not bool(torch.full((64,), 1000.0).to(torch.float8_e4m3fn).float().isnan().any())
+    return not bool(torch.full((64,), 1000.0, device="cpu").to(torch.float8_e4m3fn).float().isnan().any())
 
 
 @cache

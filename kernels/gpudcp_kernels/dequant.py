@@ -144,7 +144,9 @@ def dequant_unpack_reference(
         if not payload.numel():
             continue
         origins = scales.origins[row].tolist()
-        rows, columns = ((torch.arange(n) + o) // SCALE_BLOCK for n, o in zip(payload.shape, origins, strict=True))
+        rows, columns = (
+            (torch.arange(n, device="cpu") + o) // SCALE_BLOCK for n, o in zip(payload.shape, origins, strict=True)
+        )
         strides, shape = [int(scales.strides[row]), 1], [int(rows[-1]) + 1, int(columns[-1]) + 1]
         of_blocks = strided_at(int(scales.addresses[row]), shape, strides, torch.float32)
         product = payload.float() * of_blocks[rows][:, columns]

@@ -17,7 +17,7 @@ def box_at(boxes: Boxes, row: int, dtype: torch.dtype) -> torch.Tensor:
 def strided_at(address: int, lengths: list[int], strides: list[int], dtype: torch.dtype) -> torch.Tensor:
     """A view of memory that somebody else keeps alive."""
     if 0 in lengths:
-        return torch.empty(lengths, dtype=dtype)
+        return torch.empty(lengths, dtype=dtype, device="cpu")
     memory = (ctypes.c_uint8 * (_span(lengths, strides) * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).as_strided(lengths, strides)
 
@@ -28,7 +28,7 @@ def payload_of(
     """A copy of one payload, in the shape of its box; row-major in the slab if no file strides are given."""
     lengths, start = boxes.lengths[row].tolist(), int(boxes.byte_offsets[row])
     if 0 in lengths:
-        return torch.empty(lengths, dtype=dtype)
+        return torch.empty(lengths, dtype=dtype, device="cpu")
     strides = list(torch.empty(lengths, device="meta").stride()) if file_strides is None else file_strides[row].tolist()
     # A clone: a typed view must begin on an element.
     payload = slab[start : start + _span(lengths, strides) * dtype.itemsize].clone()

@@ -221,7 +221,7 @@ def row_major_strides(lengths: Int64s) -> Int64s:
 def to_device(tables: Sequence[Table], device: torch.device) -> list[torch.Tensor]:
     """The tables' numbers on a device, one tensor each, by one copy on the current stream that nobody waits for."""
     starts = np.cumsum([0, *(-(-table.numbers.size // 2) * 2 for table in tables)])  # 16-byte aligned, each
-    host = torch.empty(int(starts[-1]), dtype=torch.int64, pin_memory=device.type == "cuda")
+    host = torch.empty(int(starts[-1]), dtype=torch.int64, device="cpu", pin_memory=device.type == "cuda")
     numbers = host.numpy()
     for table, start in zip(tables, starts, strict=False):
         numbers[start : start + table.numbers.size] = table.numbers

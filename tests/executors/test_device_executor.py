@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -797,6 +797,95 @@ def test_the_last_of_tied_destinations_wins_whoever_casts(tmp_path: Path, dtypes
         tied = torch.zeros(3)
         gpudcp.load({"a": tied, "b": tied}, tmp_path, options=gpudcp.Options(executor=executor))  # type: ignore[arg-type]
         assert tied.tolist() == saved["b"].tolist()
+
+
+@pytest.mark.parametrize("executor", ["cpu", "interpret"])
+def test_the_callers_modes_and_defaults_change_nothing(tmp_path: Path, executor: Any) -> None:
+    """Inference mode, which ends before the next transfer, and a default device, which host memory must not follow."""
+    options = gpudcp.Options(executor=executor, slab_nbytes=4096)
+    saved = {"a": torch.arange(3000.0), "bf16": torch.arange(70).bfloat16().view(7, 10).t(), "b": torch.tensor(3.0)}
+    places = {name: torch.zeros_like(each) for name, each in saved.items()}
+    with torch.inference_mode():
+        gpudcp.save(dict(saved), tmp_path, options=options)
+    with torch.device("meta"):
+        gpudcp.save(dict(saved), tmp_path, options=options)
+        gpudcp.load(dict(places), tmp_path, options=options)
+        gpudcp.async_save(dict(saved), tmp_path / "later", options=options).result()
+    for directory in (tmp_path, tmp_path / "later"):
+        found = {name: torch.zeros_like(each) for name, each in saved.items()}
+        gpudcp.load(found, directory, options=options)
+        assert all(torch.equal(found[name], each) for name, each in saved.items())
+    assert all(torch.equal(places[name], each) for name, each in saved.items())
+
+
+def test_a_tensor_is_kept_until_the_device_has_packed_it() -> None:
+    """A planner may give one that nobody else holds, whose memory would be another's by then."""
+
+    class Checked(InterpretedDevice):
+        def new_stream(self) -> Any:
+            return StreamOfEvents()
+
+    given: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    class StreamOfEvents:
+        def current(self) -> Any:
+            return nullcontext()
+
+        def wait_for_caller(self) -> None:
+            pass
+
+        def wait_for(self, event: Event) -> None:
+            pass
+
+        def record(self) -> Any:
+            return EventOfPacking(len(given))
+
+    class EventOfPacking:
+        def __init__(self, count: int) -> None:
+            self.count = count
+
+        def synchronize(self) -> None:
+            alive.append(sum(each() is not None for each in given[: self.count]))
+
+    class Fresh(Source):
+        def resolve(self, position: int) -> torch.Tensor:
+            memory = self.tensors[position].numpy().copy()
+            given.append(weakref.ref(memory))
+            return torch.from_numpy(memory)
+
+    entries = [random_tensor(1500, seed=number) for number in range(6)]
+    plan, source = save_of(entries, slab_nbytes=8192)
+    fresh = Fresh(source.tensors)
+    backend = MemoryBackend()
+    executor_of(Checked(), lanes=1).save(plan, fresh, backend.create, Stopwatch())
+    assert backend.content("file") == naive_file(plan.files[0], source)[0]
+    assert alive[0] == 2, (
+        "the first slab has all of one tensor, which nothing else needs any more, and a part of another"
+    )
+    assert not any(each() is not None for each in given)
+
+
+def test_what_the_host_packs_takes_little_memory_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is copied there in pieces, in one where that is enough."""
+    monkeypatch.setattr(devicepacking, "_SCATTER_NBYTES", 1000)
+    copied: list[int] = []
+
+    class Counting(MixedDevice):
+        def on_device(self, data: torch.Tensor) -> torch.Tensor:
+            copied.append(data.nbytes)
+            return super().on_device(data)
+
+    entries = [
+        placed(random_tensor(600), is_on_device=False),
+        placed(random_tensor(500, seed=1), is_on_device=True),
+        *(torch.tensor(float(step)) for step in range(20)),
+    ]
+    plan, source = save_of(entries, slab_nbytes=16384)
+    backend = MemoryBackend()
+    executor_of(Counting(), slab_nbytes=16384).save(plan, source, backend.create, Stopwatch())
+    assert backend.content("file") == naive_file(plan.files[0], source)[0]
+    assert max(copied) == 1000 < sum(copied)
 
 
 def test_after_an_error_a_load_lets_go_of_its_lanes() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from gpudcp import cudadriver
 from gpudcp.executors import devicememory
 from gpudcp.executors.devices import CudaDevice
 from gpudcp.executors.slabs import HostSlab
@@ -26,6 +29,8 @@ class Driver:
         self.calls: list[tuple[str, int, int]] = []
         """Name, address and bytes, or flags."""
         self.result = 0
+        self.capture_mode = 0
+        """Of the thread: any other than 2, relaxed, and a call ends the capture of a graph elsewhere."""
 
     def cuMemAlloc_v2(self, address: Any, nbytes: ctypes.c_size_t) -> int:
         ctypes.cast(address, ctypes.POINTER(ctypes.c_uint64))[0] = self.slab.address
@@ -41,8 +46,22 @@ class Driver:
     def cuMemHostUnregister(self, address: ctypes.c_void_p) -> int:
         return self._called("unregister", address.value or 0, 0)
 
+    def cuThreadExchangeStreamCaptureMode(self, mode: Any) -> int:
+        place = ctypes.cast(mode, ctypes.POINTER(ctypes.c_int))
+        place[0], self.capture_mode = self.capture_mode, place[0]
+        return 0
+
+    def cuStreamCreate(self, stream: Any, flags: ctypes.c_uint) -> int:
+        assert flags.value == 1, "or it waits for the default stream"
+        ctypes.cast(stream, ctypes.POINTER(ctypes.c_void_p))[0] = 0x5EA0
+        return self._called("stream", 0x5EA0, 0)
+
+    def cuStreamDestroy_v2(self, stream: ctypes.c_void_p) -> int:
+        return self._called("destroy", stream.value or 0, 0)
+
     def _called(self, name: str, address: int, nbytes: int) -> int:
         assert self._current[-1:] == [SECOND], "the context of the device whose memory it is"
+        assert self.capture_mode == 2
         self.calls.append((name, address, nbytes))
         return self.result
 
@@ -62,7 +81,8 @@ def driver(current: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> Driv
         assert current[-1] == device == SECOND
         return 1 << 30, 1 << 32
 
-    monkeypatch.setattr(devicememory, "_driver", lambda: driver)
+    for module in (cudadriver, devicememory):
+        monkeypatch.setattr(module, "driver", lambda: driver)
     monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
     monkeypatch.setattr(torch, "as_tensor", as_tensor)
     return driver
@@ -126,15 +146,84 @@ def test_host_memory_that_cannot_be_pinned_is_out_of_memory_and_leaves_no_error_
 
 
 @pytest.mark.usefixtures("driver")
-def test_what_is_free_is_what_the_driver_says_of_the_device(current: list[torch.device]) -> None:
-    """In bytes."""
+def test_what_is_free_is_what_the_driver_says_of_the_device(
+    current: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bytes; torch can take what it keeps for its next tensors, too."""
     current.append(SECOND)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", {SECOND: 7000}.__getitem__)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", {SECOND: 3000}.__getitem__)
     assert CudaDevice(SECOND).free_nbytes() == 1 << 30
+    assert CudaDevice(SECOND).spare_nbytes() == (1 << 30) + 4000
 
 
-def test_a_thread_is_bound_to_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all that it does later."""
+def test_torch_gives_back_what_it_keeps(current: list[torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the device."""
+    emptied: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.extend(current))
+    CudaDevice(SECOND).reclaim()
+    assert emptied == [SECOND]
+
+
+def test_a_thread_is_bound_to_its_device(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For all that it does later, none of which ends the capture of a graph in another thread."""
     bound: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "set_device", bound.append)
     CudaDevice(SECOND).bind_thread()
     assert bound == [SECOND]
+    assert driver.capture_mode == 2
+
+
+def test_calls_of_the_driver_leave_the_threads_capture_mode_as_it_was(driver: Driver) -> None:
+    """They are relaxed, what the caller does next is not."""
+    driver.capture_mode = 1
+    devicememory.allocate(8192, SECOND)
+    assert driver.capture_mode == 1
+
+
+class _External:
+    """What torch makes of a stream that is not its own."""
+
+    def __init__(self, stream: int, device: torch.device) -> None:
+        self.stream, self.device = stream, device
+
+
+def test_a_stream_is_nobody_elses_and_ends_with_its_last_use(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own are given out again after 32."""
+    monkeypatch.setattr(torch.cuda, "ExternalStream", _External)
+    stream = cudadriver.new_stream(SECOND)
+    assert (stream.stream, stream.device) == (0x5EA0, SECOND)
+    assert driver.calls == [("stream", 0x5EA0, 0)]
+    del stream
+    assert driver.calls[1:] == [("destroy", 0x5EA0, 0)]
+
+
+def test_events_are_waited_for_without_spinning(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits for the device must leave its core to others."""
+    made: list[dict[str, bool]] = []
+
+    class Event:
+        def __init__(self, **options: bool) -> None:
+            made.append(options)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", _External)
+    monkeypatch.setattr(_External, "record_event", lambda *_: None, raising=False)
+    CudaDevice(SECOND).new_stream().record()
+    assert made == [{"blocking": True}]
+    assert driver.calls[0][0] == "stream"
+
+
+def test_pinned_memory_is_not_given_to_forked_children(driver: Driver) -> None:
+    """Each fork would copy all of it."""
+    slab = HostSlab(1 << 20)
+    devicememory.pin(slab, SECOND)
+    assert driver.calls == [("register", slab.address, 1 << 20)]
+    smaps = Path("/proc/self/smaps").read_text(encoding="utf-8")
+    (flags,) = [
+        entry.split("VmFlags:")[1].split("\n")[0].split()
+        for entry in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", smaps)
+        if int(entry.split("-")[0], 16) <= slab.address < int(entry.split("-")[1].split()[0], 16)
+    ]
+    assert "dc" in flags  # "do not copy area on fork"
+    del slab

@@ -245,6 +245,60 @@ def test_a_small_transfer_keeps_the_lanes_of_a_large_one() -> None:
     assert [len(kept) for kept in lanes_of_process._free.values()] == [2]
 
 
+def test_kept_lanes_stay_where_torch_has_room_for_what_comes_later() -> None:
+    """The driver knows nothing of memory that torch keeps: by its figure a lane would be lost at every transfer."""
+
+    class Trained(SmallDevice):
+        def free_nbytes(self) -> int:
+            return 0 if len(self.made) >= 3 else 1 << 40
+
+        def spare_nbytes(self) -> int:
+            return SPARE_NBYTES
+
+    device = Trained()
+    for _ in range(5):
+        with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192) as taken:
+            assert len(taken) == 3
+    assert len(device.made) == 3
+
+
+def test_torch_gives_back_what_it_keeps_before_there_are_no_lanes() -> None:
+    """Once smaller slabs find no room either; and not where that would not be enough."""
+
+    class Trained(SmallDevice):
+        def __init__(self, kept_nbytes: int) -> None:
+            super().__init__(0)
+            self.kept_nbytes = kept_nbytes
+
+        def free_nbytes(self) -> int:
+            return self.room_nbytes
+
+        def spare_nbytes(self) -> int:
+            return self.room_nbytes + self.kept_nbytes
+
+        def reclaim(self) -> None:
+            self.room_nbytes, self.kept_nbytes = self.room_nbytes + self.kept_nbytes, 0
+
+    with acquired(Trained(1 << 30), 3, nbytes=MANY, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
+        assert [lane.slab_nbytes for lane in taken] == [4 * MIB] * 3
+    device = Trained(MIB // 2)
+    with acquired(device, 3, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=2 * MIB) as taken:
+        assert not taken
+    assert device.kept_nbytes == MIB // 2
+
+
+@pytest.mark.parametrize("name", ["memory", "host"])
+def test_lanes_made_under_inference_mode_serve_later_transfers(name: str) -> None:
+    """Their memory outlives the mode, and is written to in place."""
+    device = InterpretedDevice()
+    with torch.inference_mode(), acquired(device, 1, nbytes=1, slab_nbytes=8192, least_nbytes=8192):
+        pass
+    with acquired(device, 1, nbytes=1, slab_nbytes=8192, least_nbytes=8192) as (lane,):
+        memory = lane.memory if name == "memory" else lane.host.tensor
+        assert not memory.is_inference()
+        memory.zero_()
+
+
 def test_idle_lanes_are_given_up_before_those_that_are_needed() -> None:
     """On a device that has filled up meanwhile."""
 

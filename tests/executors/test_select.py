@@ -48,6 +48,11 @@ def test_auto_falls_back_where_kernels_cannot_run_and_says_why(tmp_path: Path, m
     assert found.reasons[0] == "the cpu executor: no cuda, for a test"
 
 
+@pytest.fixture(autouse=True)
+def _gpus_are_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select_module, "_capability", lambda _: (9, 0))
+
+
 def test_tensors_on_several_gpus_are_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each has lanes, which take memory; in the order of their numbers, whatever the set's."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
@@ -121,6 +126,38 @@ def test_without_a_c_compiler_kernels_cannot_be_launched(monkeypatch: pytest.Mon
     monkeypatch.setattr(select_module, "_is_interpreting", lambda: False)
     monkeypatch.setenv("CC", "no-such-compiler")
     assert "C compiler" in (unavailable("cuda") or "")
+
+
+def test_where_triton_cannot_launch_its_own_words_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without Python's headers, libcuda in the linker's cache, or a directory to write to: whatever it raises."""
+    import triton
+
+    class Driver:
+        @property
+        def utils(self) -> None:
+            raise AssertionError("libcuda.so cannot found!")
+
+    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select_module, "_is_interpreting", lambda: False)
+    monkeypatch.setattr(select_module, "c_compiler", lambda: "gcc")
+    select_module._why_no_launch.cache_clear()
+    try:
+        assert "(AssertionError: libcuda.so cannot found!)" in (unavailable("cuda") or "")
+    finally:
+        select_module._why_no_launch.cache_clear()
+
+
+def test_a_gpu_that_no_kernel_was_compiled_for_is_left_to_the_cpu_executor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself; by name it may be tried."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(select_module, "unavailable", lambda _: None)
+    monkeypatch.setattr(select_module, "_capability", lambda _: (7, 5))
+    gpu = torch.device("cuda", 0)
+    devices, reason = select_module._choose_devices(Options(), lambda: {gpu})
+    assert devices == []
+    assert "cuda:0 has compute capability below 8.0" in reason
+    assert select_module._choose_devices(Options(executor="cuda"), lambda: {gpu})[0] == [gpu]
 
 
 def test_the_interpreter_runs_the_device_executor_on_the_host(tmp_path: Path) -> None:

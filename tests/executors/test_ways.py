@@ -53,6 +53,21 @@ def way_of(directory: Path, direction: Any = "write", gpu: torch.device | None =
     return choose_files(Options(**options), str(directory), direction, *([] if gpu is None else [gpu])).way
 
 
+def test_a_gpu_without_room_for_a_trial_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """POSIX files take over, and the report says why; by name it is an error of ours."""
+
+    def no_room(*_: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("cuda:0: cuMemAlloc of 2097152 bytes: CUDA driver error 2")
+
+    with_kvikio(monkeypatch, DeviceIO(True, "a trial"))
+    monkeypatch.setattr(ways, "allocate", no_room)
+    choice = choose_files(Options(), str(tmp_path), "write", GPU)
+    assert choice.way in ("direct", "buffered")
+    assert "KvikIO failed: no room for a trial: cuda:0: cuMemAlloc of 2097152 bytes" in choice.reason
+    with pytest.raises(BackendUnavailableError, match="no room for a trial"):
+        way_of(tmp_path, files="kvikio")
+
+
 def test_gpudirect_storage_is_taken_where_a_trial_shows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For a GPU's memory, both ways."""
     with_kvikio(monkeypatch, DeviceIO(True, "a trial"))

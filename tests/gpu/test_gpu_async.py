@@ -96,7 +96,7 @@ def test_a_gpu_without_room_for_a_snapshot_is_copied_to_the_host_at_once(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training waits longer then; the bytes are the same."""
-    monkeypatch.setattr(staging, "_on_device", lambda *_: None)
+    monkeypatch.setattr(staging, "_device_memory", lambda *_: None)
     monkeypatch.setattr(gpudcp.api, "_stager", staging.Stager())
     state = mixed_state(steps=10)
     expected = {name: tensor.detach().clone() for name, tensor in state.items()}

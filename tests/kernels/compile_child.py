@@ -21,7 +21,6 @@ from typing import Any
 import gpudcp_kernels
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -45,8 +44,7 @@ def compile_one(specialisation: Any, architecture: int) -> dict[str, Any]:
         "architecture": architecture,
         "loads": dict(Counter(_as_bits(width) for kind, width in accesses if kind == "ld")),
         "stores": dict(Counter(_as_bits(width) for kind, width in accesses if kind == "st")),
-        **_ptxas_facts(binary.asm["ptx"], architecture),
-        "main_loop_operations": _main_loop(binary.asm["cubin"]) if specialisation.operations_per_word else None,
+        **_machine_code_facts(binary.asm["cubin"], has_main_loop=specialisation.operations_per_word is not None),
     }
 
 
@@ -54,33 +52,26 @@ def _as_bits(width: str) -> str:
     return re.sub(r"[ufs](\d+)$", r"b\1", width)
 
 
-def _ptxas_facts(ptx: str, architecture: int) -> dict[str, int]:
-    """Registers and spilled bytes, as ptxas -v reports them."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-        assert target is not None
-        command = [get_ptxas(architecture).path, "-v", f"--gpu-name={target[1]}", str(path), "-o", f"{path}.cubin"]
-        log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    registers = re.search(r"Used (\d+) registers", log)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    assert registers is not None
-    assert spills is not None
-    return {"registers": int(registers[1]), "spilled_nbytes": int(spills[1]) + int(spills[2])}
-
-
-def _main_loop(cubin: bytes) -> int:
-    """Arithmetic operations of one pass through the largest loop."""
+def _machine_code_facts(cubin: bytes, *, has_main_loop: bool) -> dict[str, int | None]:
+    """Of what ptxas has made: registers, bytes of stack, where it would spill to; operations of the main loop."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([_TOOLS / "nvdisasm", "-c", file.name], check=True, capture_output=True, text=True).stdout
-    return main_loop_operations(text)
+        usage = _output_of("cuobjdump", "-res-usage", file.name)
+        loop = main_loop_operations(_output_of("nvdisasm", "-c", file.name)) if has_main_loop else None
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", usage)
+    assert found is not None
+    registers, stack, local = map(int, found.groups())
+    return {"registers": registers, "spilled_nbytes": stack + local, "main_loop_operations": loop}
+
+
+def _output_of(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
 def main_loop_operations(disassembly: str) -> int:
-    """Likewise, of a disassembly; where the loop has branches, of the shortest way: the one without masks."""
+    """Arithmetic operations of one pass through the largest loop of a disassembly; where that has branches, of the
+    shortest way: the one without masks."""
     names: list[str] = []
     targets: dict[int, tuple[str, bool]] = {}
     labels: dict[str, int] = {}

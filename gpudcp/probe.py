@@ -48,11 +48,11 @@ class Probe:
 
 
 def probe(path: str | os.PathLike[str] = ".") -> Probe:
-    """Find out what works here; ``path`` is where checkpoints would go.
+    """Find out what works here; ``path`` is where checkpoints would go, and need not exist yet.
 
     Writes nothing. Where KvikIO is installed, the first call asks the machine in a child process, with a time limit.
     """
-    directory = os.fspath(path)
+    directory = _existing(os.path.abspath(path))
     return Probe(
         python=platform.python_version(),
         torch=torch.__version__,
@@ -61,16 +61,28 @@ def probe(path: str | os.PathLike[str] = ".") -> Probe:
             *(_named(name) for name in ("cuda", "interpret")),
             _gds(),
             _kvikio(),
-            Capability(name="posix", is_available=True, reason="buffered reads and writes"),
-            _direct(directory),
+            *_posix(directory),
             _checksum(),
         ),
     )
 
 
+_KERNELS = {
+    "cuda": "kernels on the GPU that the tensors are on",
+    "interpret": "the same kernels on the host, by Triton's interpreter: slow, for tests",
+}
+
+
+def _existing(path: str) -> str:
+    """The path, or what is there of it: a checkpoint's directory is made when it is saved."""
+    while not os.path.lexists(path) and (parent := os.path.dirname(path)) != path:
+        path = parent
+    return path
+
+
 def _named(name: str) -> Capability:
     why = unavailable(name)
-    return Capability(name=name, is_available=why is None, reason=why or "")
+    return Capability(name=name, is_available=why is None, reason=why or _KERNELS[name])
 
 
 def _gds() -> Capability:
@@ -93,6 +105,16 @@ def _kvikio() -> Capability:
         is_available=True,
         reason="device memory in compat mode: POSIX calls through pinned memory" if is_compat else "device memory",
     )
+
+
+def _posix(directory: str) -> tuple[Capability, Capability]:
+    if not os.path.isdir(directory):
+        reason = f"{directory} is no directory: give one that checkpoints can be saved into"
+        return (
+            Capability(name="posix", is_available=False, reason=reason),
+            Capability(name="direct", is_available=False, reason=reason),
+        )
+    return Capability(name="posix", is_available=True, reason="buffered reads and writes"), _direct(directory)
 
 
 def _direct(directory: str) -> Capability:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from gpudcp.errors import PlanError
+from gpudcp.errors import PlanError, TransferError
 from gpudcp.executors.devicememory import allocate
-from gpudcp.files.figures import Direction, Figure, Place, Way, place_of, write_figures
+from gpudcp.files.figures import LEAST_NBYTES, Direction, Figure, Place, Way, place_of, write_figures
 from gpudcp.files.measure import REQUESTS_NBYTES, THREADS, measure
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.ranks import Ranks
@@ -29,7 +29,7 @@ class TuneReport:
     not_measured: Mapping[Way, str]
     """The ways that do not work here, and why."""
     is_remembered: bool
-    """False where the user has no cache directory that can be written to."""
+    """False where the user has no cache directory that can be written to, and after too few bytes."""
 
     def best(self, direction: Direction) -> tuple[Figure, ...]:
         """The fastest setting of each way, the fastest way first."""
@@ -67,9 +67,11 @@ def tune(
     current GPU, or the host's where there is none. Where torch.distributed is initialised every rank calls it, one rank
     of each node measures, and all get their node's report.
 
+    Figures of fewer than 64 MiB are reported and not remembered: they say more about fixed costs than about files.
+
     Raises:
         PlanError: ``nbytes`` is less than a block of 4096.
-        TransferError: no room, or a failed transfer; on every rank.
+        TransferError: ``path`` is no directory, there is no room, or a transfer failed; on every rank.
     """
     if nbytes < SLAB_ALIGNMENT_NBYTES:
         raise PlanError(f"tune(nbytes={nbytes}): must be at least {SLAB_ALIGNMENT_NBYTES}")
@@ -88,6 +90,9 @@ def _by_rank(reports: list[TuneReport | None]) -> dict[int, TuneReport]:
 
 
 def _measured(directory: str, nbytes: int) -> TuneReport:
+    if not os.path.isdir(directory):
+        why = "is no directory" if os.path.lexists(directory) else "No such file or directory"
+        raise TransferError(f"{directory}: {why}; give one that exists and that checkpoints go to", path=directory)
     device, name = torch.device("cpu"), "cpu"
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -100,5 +105,7 @@ def _measured(directory: str, nbytes: int) -> TuneReport:
     report = TuneReport(
         path=directory, place=place, figures=found.figures, not_measured=found.not_measured, is_remembered=False
     )
+    if nbytes < LEAST_NBYTES:
+        return report
     kept = (*report.best("write"), *report.best("read"))
     return replace(report, is_remembered=write_figures(place, "tuned", kept))

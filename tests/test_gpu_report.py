@@ -98,6 +98,16 @@ def test_some_parts_are_run_alone(tmp_path: Path) -> None:
         chosen(parts, "files,benches")
 
 
+def test_a_tool_that_is_not_there_is_not_said_to_have_found_nothing(tmp_path: Path) -> None:
+    """What the sanitizer's part prints without it."""
+    line = "sanitize-gpu: skipped, compute-sanitizer (of the CUDA toolkit) is not on the PATH"
+    assert line in (Path(__file__).parents[1] / "Makefile").read_text()
+    part = Part(name="sanitizer", command=(sys.executable, "-c", f"print({line!r})"), share_s=1)
+    (outcome,) = run_all([part], tmp_path, limit_s=30)
+    assert (outcome.result, outcome.is_good) == ("skipped", True)
+    assert "sanitizer | skipped | " in summary([outcome], tmp_path)
+
+
 def test_every_gpu_test_and_bench_is_part_of_the_report(tmp_path: Path) -> None:
     """A new file is not forgotten; all files that are named exist."""
     root = Path(__file__).parents[1]

@@ -68,7 +68,31 @@ def test_direct_io_is_tried_where_the_checkpoint_would_go(tmp_path: Path, monkey
     assert not refused.is_available
     assert str(tmp_path) in refused.reason
     assert filesystems.file_system_type(str(tmp_path)) in refused.reason
-    assert not gpudcp.probe(tmp_path / "absent")["direct"].is_available
+
+
+def test_a_directory_that_will_be_made_is_judged_by_where_it_will_be(tmp_path: Path) -> None:
+    """As a checkpoint's is before the first save; the default is the current one."""
+    there = gpudcp.probe(tmp_path)
+    for path in (tmp_path / "absent", tmp_path / "absent" / "step-10"):
+        assert gpudcp.probe(path)["direct"] == there["direct"]
+        assert gpudcp.probe(path)["posix"].is_available
+    assert gpudcp.probe("")["posix"].is_available
+
+
+def test_what_is_no_directory_takes_no_checkpoint(tmp_path: Path) -> None:
+    """Neither way; the reason names it."""
+    path = tmp_path / "file"
+    path.touch()
+    for name in ("posix", "direct"):
+        for asked in (path, path / "below"):
+            found = gpudcp.probe(asked)[name]
+            assert not found.is_available
+            assert found.reason.startswith(f"{path} is no directory: ")
+
+
+def test_everything_has_a_reason() -> None:
+    """What it is used for, or why it is not there."""
+    assert all(capability.reason for capability in gpudcp.probe().capabilities)
 
 
 def test_the_checksum_library_is_the_one_in_use(monkeypatch: pytest.MonkeyPatch) -> None:

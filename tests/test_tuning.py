@@ -59,8 +59,8 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 
 def test_a_directory_is_measured_and_left_as_it_was(tmp_path: Path) -> None:
-    """The real thing, small."""
-    report = gpudcp.tune(tmp_path, nbytes=2 << 20)
+    """The real thing, of the fewest bytes whose figures are remembered."""
+    report = gpudcp.tune(tmp_path, nbytes=64 << 20)
     assert report.is_remembered
     assert {each.direction for each in report.figures} == {"write", "read"}
     assert os.listdir(tmp_path) == []
@@ -76,6 +76,14 @@ def test_the_best_setting_of_each_way_is_remembered_and_chosen(tmp_path: Path) -
     assert report.place == place_of(str(tmp_path), "cpu")
     choice = choose_way(str(tmp_path), direction="write", device="cpu", ways=("direct", "buffered"))
     assert choice[:3] == ("buffered", 8, 4 << 20)
+
+
+@pytest.mark.usefixtures("calls")
+def test_figures_of_few_bytes_are_reported_and_not_remembered(tmp_path: Path) -> None:
+    """They would overrule better ones."""
+    assert tune(tmp_path).is_remembered
+    assert not tune(tmp_path, nbytes=(64 << 20) - 1).is_remembered
+    assert len(read_figures(place_of(str(tmp_path), "cpu"), "tuned")) == 3
 
 
 @pytest.mark.usefixtures("calls")
@@ -120,6 +128,9 @@ def test_a_failure_is_an_error_of_the_tree(tmp_path: Path) -> None:
     """A directory that is not there."""
     with pytest.raises(TransferError, match="No such file"):
         tune(tmp_path / "gone")
+    (tmp_path / "file").touch()
+    with pytest.raises(TransferError, match="file: is no directory; give one that exists"):
+        tune(tmp_path / "file")
 
 
 class ThreadRanks:

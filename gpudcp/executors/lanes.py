@@ -26,7 +26,7 @@ them, and kernels read some bytes more than they use."""
 SPARE_NBYTES = 32 << 20
 """What taking lanes leaves free on the device: kernels' code, tables and checksums are allocated later."""
 LEAST_SLAB_NBYTES = 1 << 20
-"""On a full device slabs are halved down to this; below it the cpu executor is as good."""
+"""On a full device slabs are halved down to this; where not even it fits, the cpu executor takes over."""
 
 
 class Lane:

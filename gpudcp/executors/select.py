@@ -21,7 +21,9 @@ from gpudcp.options import SLAB_ALIGNMENT_NBYTES, Options, c_compiler, cores_of_
 
 HOST_SLAB_NBYTES = 4 << 20
 DEVICE_SLAB_NBYTES = 32 << 20
+"""So large because each slab takes a few launches and events, whose cost is fixed: a guess until a GPU shows better."""
 THREADS = 2
+"""Of a rank, but of all ranks of a node together no more than four times as many."""
 _LEAST_HOST_SLAB_NBYTES = 1 << 20
 
 _REMEDY = "use Options(executor='auto') or 'cpu'"
@@ -97,6 +99,8 @@ def unavailable(executor: str) -> str | None:
         if "gpudcp_kernels.triton_api" in sys.modules and not _is_interpreting():
             return f"this process has compiled its kernels already: set TRITON_INTERPRET=1 from its start, or {_REMEDY}"
         return None
+    if torch.version.hip is not None:
+        return f"this torch is built for ROCm, and the cuda executor is for NVIDIA's GPUs: {_REMEDY}"
     if not torch.cuda.is_available():
         return f"torch sees no CUDA device: install torch with CUDA, see nvidia-smi, or {_REMEDY}"
     if "gpudcp_kernels.triton_api" in sys.modules and _is_interpreting():
@@ -200,7 +204,7 @@ def _current() -> torch.device:
 def _slab_nbytes(devices: Sequence[torch.device], request_nbytes: int | None) -> int:
     """What a slab has where nobody says. Each is one request to a file."""
     if devices:
-        return DEVICE_SLAB_NBYTES  # what a launch costs asks for more than any file does
+        return DEVICE_SLAB_NBYTES
     if request_nbytes is None or request_nbytes % SLAB_ALIGNMENT_NBYTES:
         return HOST_SLAB_NBYTES
     return min(max(request_nbytes, _LEAST_HOST_SLAB_NBYTES), DEVICE_SLAB_NBYTES)
@@ -208,5 +212,8 @@ def _slab_nbytes(devices: Sequence[torch.device], request_nbytes: int | None) ->
 
 def _default_threads(best: int | None, *, is_beside_training: bool) -> int:
     """One rank's share of the threads that are best for its node; beside training one core stays free of them."""
-    threads = min(THREADS, cores_of_this_rank()) if best is None else max(1, best // ranks_of_this_node())
+    if best is None:
+        threads = min(THREADS, cores_of_this_rank(), max(1, 4 * THREADS // ranks_of_this_node()))
+    else:
+        threads = max(1, best // ranks_of_this_node())
     return min(threads, max(1, cores_of_this_rank() - 1)) if is_beside_training else threads

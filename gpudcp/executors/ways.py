@@ -11,7 +11,7 @@ import torch
 from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors.devicememory import allocate
 from gpudcp.files import gds
-from gpudcp.files.figures import KVIKIO_WAYS, Direction, Way
+from gpudcp.files.figures import KVIKIO_WAYS, Direction, Way, place_of, read_figures
 from gpudcp.files.filesystems import supports_direct_io
 from gpudcp.files.trial import TRIAL_NBYTES, DeviceIO, try_device_io
 from gpudcp.files.tune import Choice, choose_way, choose_write
@@ -30,8 +30,10 @@ def choose_files(options: Options, directory: str, direction: Direction, *gpus: 
     posix = _posix(options, directory, direction, gpu)
     if gpu is None or options.files == "posix" or gds.unavailable_reason("kvikio") is not None:
         return posix
+    # Whoever has had KvikIO measured here has asked for it.
+    tuned = read_figures(place_of(directory, figures_name(gpu)), "tuned")
     try:
-        trial = _tried(directory, gpus)
+        trial = _tried(directory, gpus, is_asked_for=any(figure.way in KVIKIO_WAYS for figure in tuned))
     except BackendUnavailableError as err:
         return posix._replace(reason=f"{posix.reason}; KvikIO failed: {err}")
     ways: list[Way] = ["gds" if trial.is_gds else "compat", posix.way]
@@ -52,13 +54,13 @@ def _named(asked: Literal["gds", "kvikio"], directory: str, gpus: Sequence[torch
         raise refused("it moves device memory, and no tensor is on a GPU; use Options(files='auto') or 'posix'")
     if (why := gds.unavailable_reason(asked)) is not None:
         raise refused(why)
-    trial = _tried(directory, gpus)
+    trial = _tried(directory, gpus, is_asked_for=True)
     if asked == "gds" and not trial.is_gds:
         raise refused(f"{trial.reason}; use Options(files='auto') or 'kvikio'")
     return Choice("gds" if trial.is_gds else "compat", None, None, trial.reason)
 
 
-def _tried(directory: str, gpus: Sequence[torch.device]) -> DeviceIO:
+def _tried(directory: str, gpus: Sequence[torch.device], *, is_asked_for: bool) -> DeviceIO:
     """What a trial of each GPU's memory showed: of several the first that has no GPUDirect Storage.
 
     Raises:
@@ -68,7 +70,7 @@ def _tried(directory: str, gpus: Sequence[torch.device]) -> DeviceIO:
         memories = [_trial_memory(gpu) for gpu in gpus]
     except torch.OutOfMemoryError as err:
         raise BackendUnavailableError(f"no room for a trial: {err}; use Options(files='auto') or 'posix'") from err
-    trials = [try_device_io(directory, memory, memory="slab") for memory in memories]
+    trials = [try_device_io(directory, memory, is_asked_for=is_asked_for) for memory in memories]
     return next((trial for trial in trials if not trial.is_gds), trials[0])
 
 

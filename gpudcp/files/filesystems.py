@@ -52,6 +52,15 @@ def supports_direct_io(directory: str) -> bool:
     return True
 
 
+def has_unnamed_files(directory: str) -> bool:
+    """Whether files without a name can be made in ``directory``, of which nothing is left behind."""
+    try:
+        os.close(os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600))
+    except (OSError, AttributeError):  # no such file system, or no such flag in this system's Python
+        return False
+    return True
+
+
 def opens_named_file_directly(directory: str) -> bool:
     """Whether it works with a name, where there are no unnamed files (NFS, Lustre). The name is gone afterwards."""
     path = os.path.join(directory, f".gpudcp-{secrets.token_hex(8)}")

@@ -62,7 +62,9 @@ def kvikio_obstacles(facts: Mapping[str, Any]) -> list[str]:
     """What keeps KvikIO from moving device memory at all, each with its remedy."""
     cuda, kvikio = facts["cuda"], facts["kvikio"]
     if kvikio["error"] is not None:
-        return [f"KvikIO does not import ({kvikio['error']}): install the wheel for this CUDA version again"]
+        said = " ".join(kvikio["error"].split())
+        remedy = "pip install nvidia-cufile" if "libcufile" in said else "install the wheel for this CUDA version again"
+        return [f"KvikIO does not import ({said}): {remedy}"]
     if cuda["error"] is not None:
         return [f"the CUDA driver's library does not load ({cuda['error']}): install the NVIDIA driver"]
     if cuda["init"] != 0:

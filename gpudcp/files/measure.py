@@ -216,7 +216,7 @@ def _add_kvikio(
         )
 
     try:
-        tried = try_device_io(directory, allocate(TRIAL_NBYTES, device), memory="slab")
+        tried = try_device_io(directory, allocate(TRIAL_NBYTES, device))
     except (BackendUnavailableError, torch.OutOfMemoryError) as err:
         missing["gds"] = missing["compat"] = str(err)
         return

@@ -1,9 +1,9 @@
 """One aligned write and read of device memory through KvikIO, in this process, with a deadline: does it work, and how?
 
-Tried once per file system, device and kind of memory, only after `gpudcp.files.gds` found nothing in the way. It takes
-256 KiB of a file without a name, which nobody sees and no crash leaves behind. File systems that have no such files, as
-NFS and Lustre, get a name, ``.gpudcp-`` and 16 digits, for as long as the trial takes: a process that is killed in that
-moment leaves it.
+Tried once per file system and device, only after `gpudcp.files.gds` found nothing in the way. It takes
+256 KiB of a file without a name, which nobody sees and no crash leaves behind. On file systems that have no such files,
+as NFS and Lustre, a trial is made only for who asks for one: there a file gets a name, ``.gpudcp-`` and 16 digits, for
+as long as the trial takes, and a process that is killed in that moment leaves it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from gpudcp.cudadriver import relax_stream_capture
 from gpudcp.errors import BackendUnavailableError, GpuDcpError, TransferError
+from gpudcp.files.filesystems import has_unnamed_files
 from gpudcp.files.kvikio import (
     compat_mode_refused,
     copy_and_wait,
@@ -36,12 +37,9 @@ TRIAL_NBYTES = 64 * SLAB_ALIGNMENT_NBYTES
 # Whoever else moves bytes at the same time makes GPUDirect Storage look like compat mode, never the other way round.
 _TIMES_COUNTED = 4
 
-Memory = Literal["slab", "allocator"]
-"""Memory of an allocation of its own, or of torch's caching allocator, as destinations of a load are."""
-
 _PATTERN = bytes(i * 7 % 251 for i in range(TRIAL_NBYTES))
 
-_answers: dict[tuple[int, torch.device, Memory], DeviceIO | str] = {}
+_answers: dict[tuple[int, torch.device], DeviceIO | str] = {}
 _guard = threading.Lock()
 
 
@@ -53,18 +51,31 @@ class DeviceIO(NamedTuple):
     reason: str
 
 
-def try_device_io(directory: str, tensor: torch.Tensor, *, memory: Memory, deadline_s: float = DEADLINE_S) -> DeviceIO:
+def try_device_io(
+    directory: str,
+    tensor: torch.Tensor,
+    *,
+    is_asked_for: bool = True,
+    deadline_s: float = DEADLINE_S,
+) -> DeviceIO:
     """Move the first `TRIAL_NBYTES` of ``tensor`` to a file in ``directory`` and back, and tell how they went.
 
-    ``tensor`` is contiguous uint8 of at least that length, its address a multiple of 4096; its contents are lost. The
-    answer is remembered for this process, the directory's file system, the device and the kind of memory.
+    ``tensor`` is contiguous uint8 of at least that length, in an allocation of its own, its address a multiple of 4096;
+    its contents are lost. The
+    answer is remembered for this process, the directory's file system and the device. Unless somebody has asked for it,
+    no file with a name is made.
 
     Raises:
-        BackendUnavailableError: it failed, gave other bytes back, or did not return in time.
+        BackendUnavailableError: it failed, gave other bytes back, or did not return in time; or it would take a name.
     """
-    key = os.stat(directory).st_dev, tensor.device, memory
+    key = os.stat(directory).st_dev, tensor.device
     with _guard:
         if key not in _answers:
+            if not is_asked_for and not has_unnamed_files(directory):
+                raise BackendUnavailableError(
+                    f"{directory}: all files have names there, and unasked gpudcp makes none to try KvikIO with; "
+                    "run gpudcp.tune on it, or use Options(files='kvikio')"
+                )
             _answers[key] = _within(deadline_s, lambda: _bound_trial(directory, tensor[:TRIAL_NBYTES]))
         answer = _answers[key]
     if isinstance(answer, str):

@@ -64,4 +64,4 @@ class Ring:
 
 
 _SHAPES = ((1, 1, 4096), (2, 3, 8192), (4, 2, 4096), (3, 1, 1 << 20))
-RINGS = [Ring("cpu", *shape) for shape in _SHAPES] + [Ring("interpret", 2, 3, 8192)]
+RINGS = [Ring("cpu", *shape) for shape in _SHAPES] + [Ring("interpret", 2, 3, 8192), Ring("interpret", 1, 1, 4096)]

@@ -53,6 +53,24 @@ def way_of(directory: Path, direction: Any = "write", gpu: torch.device | None =
     return choose_files(Options(**options), str(directory), direction, *([] if gpu is None else [gpu])).way
 
 
+def test_auto_asks_for_no_trial_that_would_leave_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless the user has had KvikIO measured there; whoever names a backend asks for it."""
+    asked: list[bool] = []
+
+    def tried(*_: Any, is_asked_for: bool) -> DeviceIO:
+        asked.append(is_asked_for)
+        return DeviceIO(False, "a trial")
+
+    with_kvikio(monkeypatch, "")
+    monkeypatch.setattr(ways, "try_device_io", tried)
+    measured(tmp_path, "some GPU", direct=1.0)
+    way_of(tmp_path)
+    way_of(tmp_path, files="kvikio")
+    measured(tmp_path, "some GPU", direct=1.0, compat=1.0)
+    way_of(tmp_path)
+    assert asked == [False, True, True]
+
+
 def test_a_gpu_without_room_for_a_trial_is_no_reason_to_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """POSIX files take over, and the report says why; by name it is an error of ours."""
 
@@ -103,8 +121,7 @@ def test_every_gpu_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(ways.gds, "unavailable_reason", lambda _: None)
     monkeypatch.setattr(ways, "_trial_memory", lambda gpu: gpu)
 
-    def tried(_: str, gpu: Any, *, memory: str) -> DeviceIO:
-        assert memory == "slab"
+    def tried(_: str, gpu: Any, **__: bool) -> DeviceIO:
         if (trial := found[gpu]) is None:
             raise BackendUnavailableError(f"{gpu} fails")
         return trial

@@ -57,7 +57,7 @@ def main(directory: str) -> dict[str, object]:
     found["past_the_end"] = error_of(reader, BLOCK, len(padded))
     reader.close()
     found["is_closed"] = error_of(reader, BLOCK, 0) != []
-    found["trial"] = list(try_device_io(directory, block_aligned(TRIAL_NBYTES), memory="slab"))
+    found["trial"] = list(try_device_io(directory, block_aligned(TRIAL_NBYTES)))
     with compat_mode_forced():
         found["forced"] = kvikio.defaults.get("compat_mode").name
     found["changed"] = [name for name in SETTINGS if str(kvikio.defaults.get(name)) != before[name]]

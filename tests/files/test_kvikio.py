@@ -368,7 +368,7 @@ def test_no_default_of_the_process_is_touched_but_where_compat_mode_is_measured(
     for name, move in transfers(tmp_path).items():
         move(block_aligned(BLOCK), 0)
         assert package.settings == [], name
-    try_device_io(str(tmp_path), block_aligned(1 << 20), memory="slab")
+    try_device_io(str(tmp_path), block_aligned(1 << 20))
     assert package.settings == []
     with compat_mode_forced():
         assert package.settings == [("compat_mode", "ON")]

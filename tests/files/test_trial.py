@@ -32,7 +32,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> FakeKvikio:
 
 def try_in(directory: Path, *, deadline_s: float = 20.0) -> DeviceIO:
     """A trial of new memory."""
-    return try_device_io(str(directory), block_aligned(TRIAL_NBYTES), memory="slab", deadline_s=deadline_s)
+    return try_device_io(str(directory), block_aligned(TRIAL_NBYTES), deadline_s=deadline_s)
 
 
 def test_kvikios_compat_mode_is_never_called_gds(tmp_path: Path, package: FakeKvikio) -> None:
@@ -128,17 +128,31 @@ def test_a_transfer_that_hangs_is_given_up_at_the_deadline(tmp_path: Path, packa
 
 
 def test_a_place_is_tried_once_and_a_failure_is_remembered(tmp_path: Path, package: FakeKvikio) -> None:
-    """The same file system, device and kind of memory; another kind is tried for itself."""
+    """The same file system and device."""
     try_in(tmp_path)
     ntransfers = len(package.transfers)
     (tmp_path / "below").mkdir()
     try_in(tmp_path / "below")
     assert len(package.transfers) == ntransfers
+    trial._answers.clear()
     package.error = RuntimeError("cuFile said no")
     for _ in range(2):
         with pytest.raises(BackendUnavailableError):
-            try_device_io(str(tmp_path), block_aligned(TRIAL_NBYTES), memory="allocator")
+            try_in(tmp_path)
     assert len(package.transfers) == ntransfers + 1
+
+
+def test_without_being_asked_no_file_with_a_name_is_made(
+    tmp_path: Path, package: FakeKvikio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless it was tried before, the error says how to ask; it is not remembered as the answer."""
+    monkeypatch.setattr(trial, "has_unnamed_files", lambda _: False)
+    memory = block_aligned(TRIAL_NBYTES)
+    with pytest.raises(BackendUnavailableError, match=r"run gpudcp\.tune on it"):
+        try_device_io(str(tmp_path), memory, is_asked_for=False)
+    assert package.transfers == []
+    asked = try_device_io(str(tmp_path), memory)
+    assert try_device_io(str(tmp_path), memory, is_asked_for=False) == asked
 
 
 @pytest.fixture(params=["unnamed", "named"])

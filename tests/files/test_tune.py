@@ -164,6 +164,18 @@ def test_what_transfers_taught_goes_before_what_was_measured(tmp_path: Path) -> 
     assert not choose_write(str(tmp_path), "auto").is_direct
 
 
+@pytest.mark.usefixtures("kind")
+def test_transfers_far_from_what_another_way_was_measured_at_give_it_its_turn(tmp_path: Path) -> None:
+    """Then both are known by their transfers, and the better one stays."""
+    remember(tmp_path, "tuned", {"direct": 4.0, "buffered": 2.0}, ntransfers=1)
+    remember(tmp_path, "learned", {"direct": 1.5})
+    assert choose_write(str(tmp_path), "auto").is_direct, "transfers do more than move bytes"
+    remember(tmp_path, "learned", {"direct": 0.1})
+    assert not choose_write(str(tmp_path), "auto").is_direct
+    remember(tmp_path, "learned", {"direct": 0.1, "buffered": 0.05})
+    assert choose_write(str(tmp_path), "auto").is_direct
+
+
 def test_a_difference_within_the_scatter_changes_nothing(tmp_path: Path, kind: str) -> None:
     """Else the choice would swing to and fro with the noise."""
     expected = kind == "ext4"

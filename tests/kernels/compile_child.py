@@ -44,8 +44,14 @@ def compile_one(specialisation: Any, architecture: int) -> dict[str, Any]:
         "architecture": architecture,
         "loads": dict(Counter(_as_bits(width) for kind, width in accesses if kind == "ld")),
         "stores": dict(Counter(_as_bits(width) for kind, width in accesses if kind == "st")),
+        "specialised": [p.name for p in specialisation.kernel.params if _is_specialised(p, signature[p.name])],
         **_machine_code_facts(binary.asm["cubin"], has_main_loop=specialisation.operations_per_word is not None),
     }
+
+
+def _is_specialised(parameter: Any, kind: str) -> bool:
+    """Whether Triton compiles again for other values of an integer argument."""
+    return re.fullmatch(r"[iu]\d+", kind) is not None and not parameter.do_not_specialize
 
 
 def _as_bits(width: str) -> str:

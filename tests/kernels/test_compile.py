@@ -67,6 +67,7 @@ def problems_of(specialisation: Specialisation, facts: Facts) -> list[str]:
         problems.append(f"{where}: {facts['registers']} registers, at most {specialisation.max_registers}")
     if facts["spilled_nbytes"]:
         problems.append(f"{where}: {facts['spilled_nbytes']} bytes spilled")
+    problems += [f"{where}: compiled again for other values of {name}" for name in facts["specialised"]]
     for kind, expected in (("loads", specialisation.loads), ("stores", specialisation.stores)):
         if expected is not None and expected not in facts[kind]:
             problems.append(f"{where}: no {kind} of {expected}, only {facts[kind]}")
@@ -131,6 +132,7 @@ def test_what_a_record_does_not_allow_is_found() -> None:
         "architecture": 90,
         "registers": 40,
         "spilled_nbytes": 0,
+        "specialised": [],
         "loads": {"b32": 4, "b64": 2},
         "stores": {"b8": 1},
         "main_loop_operations": 64,
@@ -139,6 +141,7 @@ def test_what_a_record_does_not_allow_is_found() -> None:
     wrong: dict[str, Facts] = {
         "41 registers, at most 40": {"registers": 41},
         "8 bytes spilled": {"spilled_nbytes": 8},
+        "compiled again for other values of count": {"specialised": ["count"]},
         "no loads of b32": {"loads": {"b8": 4}},
         "wider than b8": {"stores": {"b8": 1, "v4.b32": 1}},
         "3.0 operations a word, at most 2": {"main_loop_operations": 96},

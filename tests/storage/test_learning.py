@@ -48,6 +48,14 @@ def test_a_transfer_is_remembered_for_its_device_and_way(told: tuple[TransferRep
     assert figure.gb_per_s == LEAST_NBYTES / 0.5 / 1e9
 
 
+def test_time_that_kernels_took_to_compile_is_not_the_file_systems(told: tuple[TransferReport, Selection]) -> None:
+    """It is spent once, however many transfers follow."""
+    report, selection = told
+    learn(replace(report, total_s=3.5, phases_s=MappingProxyType({"compile": 3.0, "write": 0.5})), selection)
+    (figure,) = read_figures(place_of(report.path, GPU), "learned")
+    assert figure.gb_per_s == LEAST_NBYTES / 0.5 / 1e9
+
+
 def test_a_transfer_that_another_executor_took_over_teaches_nothing(told: tuple[TransferReport, Selection]) -> None:
     """Its bytes went another way than was chosen."""
     report, selection = told

@@ -1,6 +1,6 @@
 """Run in a process of its own: save and load on a device that is nearly full, or see how much memory they take.
 
-Usage: memory_child.py full DIRECTORY MIB_LEFT cold|warm, or memory_child.py bound DIRECTORY. Prints JSON.
+Usage: memory_child.py full DIRECTORY MIB_LEFT cold|warm, or memory_child.py bound DIRECTORY own|defaults. Prints JSON.
 """
 
 from __future__ import annotations
@@ -44,9 +44,12 @@ def full(directory: Path, mib_left: int, *, is_warm: bool) -> dict[str, Any]:
     return {"free_nbytes": free_nbytes, "reports": reports, "differences": differences(state, places)}
 
 
-def bound(directory: Path) -> dict[str, Any]:
-    """How much less memory is free while 1 GiB is saved and loaded, at most; sampled, and for torch's share exact."""
-    state = {f"{n}": torch.randn(_MIB, device=DEVICE) for n in range(256)}
+def bound(directory: Path, options: dict[str, int]) -> dict[str, Any]:
+    """How much less memory is free while 1 GiB is saved and loaded, at most; sampled, and for torch's share exact.
+
+    By default also with tensors of the host in every slab, which go through the device.
+    """
+    state = {f"{n}": torch.randn(_MIB, device=DEVICE if options or n % 2 else "cpu") for n in range(256)}
     places = blank(state)
     save(state, directory / "first", executor="cuda", lanes=1, slab_nbytes=_MIB)
     load(places, directory / "first", executor="cuda", lanes=1, slab_nbytes=_MIB)
@@ -63,13 +66,12 @@ def bound(directory: Path) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    lanes, slab_nbytes = 3, 16 * _MIB
-    save(state, directory / "bound", executor="cuda", lanes=lanes, slab_nbytes=slab_nbytes)
-    load(places, directory / "bound", executor="cuda", lanes=lanes, slab_nbytes=slab_nbytes)
+    save(state, directory / "bound", executor="cuda", **options)
+    load(places, directory / "bound", executor="cuda", **options)
     is_over.set()
     watcher.join()
     return {
-        "lanes_nbytes": lanes * slab_nbytes,
+        "lanes_nbytes": options.get("lanes", 4) * options.get("slab_nbytes", 32 * _MIB),
         "taken_nbytes": free_nbytes - least_free_nbytes,
         "torch_peak_nbytes": torch.cuda.max_memory_allocated() - allocated_nbytes,
         "differences": differences(state, places),
@@ -78,5 +80,8 @@ def bound(directory: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     case, path = sys.argv[1], Path(sys.argv[2])
-    found = bound(path) if case == "bound" else full(path, int(sys.argv[3]), is_warm=sys.argv[4] == "warm")
+    if case == "bound":
+        found = bound(path, {"lanes": 3, "slab_nbytes": 16 * _MIB} if sys.argv[3] == "own" else {})
+    else:
+        found = full(path, int(sys.argv[3]), is_warm=sys.argv[4] == "warm")
     print(json.dumps(found))

@@ -46,11 +46,16 @@ def test_device_memory_begins_on_a_page_of_its_own(nbytes: int) -> None:
     assert {tensor.nbytes for tensor in memory} == {nbytes}
 
 
-def test_device_memory_taken_is_that_of_the_lanes(tmp_path: Path) -> None:
-    """However large the state dict: lanes times slab, their margins, and tables of some MiB."""
-    found = answer(started("memory_child.py", "bound", str(tmp_path)), timeout_s=180)
+@pytest.mark.parametrize("options", ["own", "defaults"])
+def test_device_memory_taken_is_that_of_the_lanes(tmp_path: Path, options: str) -> None:
+    """However large the state dict: lanes times slab, their margins, and tables of some MiB; 256 MiB by default."""
+    found = answer(started("memory_child.py", "bound", str(tmp_path), options), timeout_s=180)
     print(found)
     assert found["differences"] == []
     # Each lane's margins are rounded up to the driver's 2 MiB; torch's allocator takes tables in segments of 20 MiB.
-    assert found["lanes_nbytes"] <= found["taken_nbytes"] <= found["lanes_nbytes"] + 3 * 4 * MIB + 48 * MIB
-    assert found["torch_peak_nbytes"] <= 32 * MIB
+    assert found["lanes_nbytes"] <= found["taken_nbytes"]
+    if options == "own":
+        assert found["taken_nbytes"] <= found["lanes_nbytes"] + 3 * 4 * MIB + 48 * MIB
+        assert found["torch_peak_nbytes"] <= 32 * MIB
+    else:
+        assert found["taken_nbytes"] <= 256 * MIB

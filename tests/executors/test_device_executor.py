@@ -227,8 +227,8 @@ def test_what_a_device_does_not_pack_itself_goes_through_the_host_by_parts() -> 
     assert allocations.most_nbytes <= 8192 * 4, "a slab's elements, as they are in memory"
 
 
-def test_tied_destinations_take_what_comes_last_and_cost_one_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on the cpu executor; the others of the slab still go together."""
+def boxes_by_launch(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many boxes each launch of a load will have unpacked."""
     launches: list[int] = []
     inner = deviceunpacking._unpack_by_kernel
     monkeypatch.setattr(
@@ -236,6 +236,12 @@ def test_tied_destinations_take_what_comes_last_and_cost_one_launch_more(monkeyp
         "_unpack_by_kernel",
         lambda lane, pairs, *rest: (launches.append(len(list(pairs))), inner(lane, pairs, *rest)),
     )
+    return launches
+
+
+def test_tied_destinations_take_what_comes_last_and_cost_one_launch_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the cpu executor; the others of the slab still go together."""
+    launches = boxes_by_launch(monkeypatch)
     entries = [random_tensor(50, seed=n) for n in range(5)]
     backend = MemoryBackend()
     put_file(backend, entries)
@@ -262,13 +268,7 @@ def test_destinations_that_overlap_in_part_take_what_comes_last(tmp_path: Path, 
 
 def test_columns_of_one_tensor_take_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     """They lie between one another, and share nothing."""
-    launches: list[int] = []
-    inner = deviceunpacking._unpack_by_kernel
-    monkeypatch.setattr(
-        deviceunpacking,
-        "_unpack_by_kernel",
-        lambda lane, pairs, *rest: (launches.append(len(list(pairs))), inner(lane, pairs, *rest)),
-    )
+    launches = boxes_by_launch(monkeypatch)
     entries = [random_tensor(20, 5, seed=n) for n in range(6)]
     backend = MemoryBackend()
     put_file(backend, entries)

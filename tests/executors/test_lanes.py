@@ -70,6 +70,17 @@ class SmallDevice(InterpretedDevice):
         return RecordingStream()
 
 
+class FilledDevice(SmallDevice):
+    """A device that says in turn how much is free, and after that has plenty."""
+
+    free: tuple[int, ...] = ()
+
+    def free_nbytes(self) -> int:
+        first, *rest = self.free or (1 << 40,)
+        self.free = tuple(rest)
+        return first
+
+
 @pytest.fixture(autouse=True)
 def _no_lanes_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lanes_of_process, "_free", {})
@@ -193,15 +204,7 @@ def test_a_device_whose_spare_room_is_taken_has_no_lanes() -> None:
 def test_lanes_of_earlier_transfers_are_given_up_for_that_room() -> None:
     """Training may have taken it since."""
 
-    class Filled(SmallDevice):
-        free: tuple[int, ...] = ()
-
-        def free_nbytes(self) -> int:
-            first, *rest = self.free or (1 << 40,)
-            self.free = tuple(rest)
-            return first
-
-    device = Filled()
+    device = FilledDevice()
     with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192):
         pass
     device.free = (0, 0, SPARE_NBYTES)
@@ -302,15 +305,7 @@ def test_lanes_made_under_inference_mode_serve_later_transfers(name: str) -> Non
 def test_idle_lanes_are_given_up_before_those_that_are_needed() -> None:
     """On a device that has filled up meanwhile."""
 
-    class Filled(SmallDevice):
-        free: tuple[int, ...] = ()
-
-        def free_nbytes(self) -> int:
-            first, *rest = self.free or (1 << 40,)
-            self.free = tuple(rest)
-            return first
-
-    device = Filled()
+    device = FilledDevice()
     with acquired(device, 3, nbytes=MANY, slab_nbytes=8192, least_nbytes=8192):
         pass
     device.free = (0, 0, SPARE_NBYTES)

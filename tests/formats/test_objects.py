@@ -135,7 +135,7 @@ NUMPY: list[object] = [
     *(kind(1) for kind in (np.int8, np.uint64, np.intc, np.float16, np.float32, np.float64, np.longdouble)),
     *(np.bool_(True), np.complex64(1j), np.complex128(float("nan")), np.clongdouble(2)),
     *(np.str_("a\u20ac"), np.str_(""), np.bytes_(b"a\0b"), np.void(b"abc")),
-    *(np.datetime64(1, "ns"), np.datetime64("nat"), np.timedelta64(5, "25s")),
+    *(np.datetime64(1, "ns"), np.datetime64("nat", "s"), np.timedelta64(5, "25s")),
     *NATIVE_DTYPES,
     *SWAPPED_DTYPES,
     *(np.dtype("O"), np.dtype(("f4", (2,))), np.dtype([("a", "O")])["a"]),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from heapq import merge
@@ -27,6 +27,7 @@ from gpudcp.files.base import FileReader, FileWriter
 from gpudcp.formats import checksum
 from gpudcp.formats.checksum import crc32
 from gpudcp.report import Stopwatch
+from gpudcp.workers import Workers
 
 
 class CpuExecutor:
@@ -65,9 +66,8 @@ class CpuExecutor:
             writers = [stack.enter_context(open_file(file)) for file in files]
             packers: list[Packer] = []
             for file, writer in zip(files, writers, strict=True):
-                pool = ThreadPoolExecutor(self._threads // len(files), "gpudcp-write")
                 # After an error too, every write has ended before its file is removed.
-                stack.callback(pool.shutdown, cancel_futures=True)
+                pool = stack.enter_context(Workers(self._threads // len(files), "gpudcp-write"))
                 lanes = self._lanes // len(files)
                 packers.append(
                     Packer(file, writer, pool, lanes=lanes, has_checksum=self._has_checksum, stopwatch=stopwatch)
@@ -93,7 +93,7 @@ class CpuExecutor:
         checksums = Checksums(plan.checks)
         slabs = [HostSlab(plan.slab_nbytes) for _ in range(min(self._lanes, len(plan.reads)))]
         in_flight: deque[_ReadInFlight] = deque()
-        with ThreadPoolExecutor(self._threads, "gpudcp-read") as pool:
+        with Workers(self._threads, "gpudcp-read") as pool:
 
             def finish_oldest() -> None:
                 done = in_flight.popleft()

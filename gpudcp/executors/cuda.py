@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import ExitStack
 from heapq import merge
 from itertools import chain, cycle, repeat
@@ -30,6 +30,7 @@ from gpudcp.executors.lanes import LEAST_SLAB_NBYTES, Lane, acquired, give_up_id
 from gpudcp.files.base import DeviceFileWriter, FileReader, FileWriter
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
+from gpudcp.workers import Workers
 
 _logger = logging.getLogger("gpudcp")
 
@@ -147,8 +148,7 @@ class DeviceExecutor:
                     nbytes[device] += file.nbytes
                 rings = self._rings(stack, nbytes, slab_nbytes=self.slab_nbytes, least_nbytes=least)
             writers = [stack.enter_context(open_file(file)) for file in plan.files]
-            pool = ThreadPoolExecutor(self._threads, "gpudcp-write")
-            stack.callback(pool.shutdown, cancel_futures=True)
+            pool = stack.enter_context(Workers(self._threads, "gpudcp-write"))
             packers = [
                 SlabPacker(file, source, device, has_checksum=self._has_checksum, stopwatch=stopwatch)
                 for file, device in zip(plan.files, devices, strict=True)
@@ -199,8 +199,7 @@ class DeviceExecutor:
                 # A read is as long as the plan says: halved slabs would not hold it. A short one takes a lane, too.
                 nbytes = {device: count * slab_nbytes for device, count in load.reads_by_device().items()}
                 rings = self._rings(stack, nbytes, slab_nbytes=slab_nbytes, least_nbytes=slab_nbytes)
-            pool = ThreadPoolExecutor(self._threads, "gpudcp-read")
-            stack.callback(pool.shutdown, cancel_futures=True)
+            pool = stack.enter_context(Workers(self._threads, "gpudcp-read"))
             load.run(rings, pool, open_file)
 
 
@@ -224,9 +223,7 @@ def _in_turn(
     return merge(*numbered, key=lambda each: each[1].byte_offset)
 
 
-def _sent(
-    pool: ThreadPoolExecutor, writer: FileWriter, lane: Lane, contents: SlabContents, packed: Event | None
-) -> Future[None]:
+def _sent(pool: Workers, writer: FileWriter, lane: Lane, contents: SlabContents, packed: Event | None) -> Future[None]:
     """Begin to write a slab, on the device or (``packed`` None) on the host, when it is filled."""
     nbytes = contents.nbytes
     # Whole blocks; what the last one of the file has too much is cut off by the writer's `finish`.

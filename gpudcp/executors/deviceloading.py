@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import prod
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from gpudcp.files.base import DeviceFileReader, FileReader
 from gpudcp.formats.checksum import crc32
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
+from gpudcp.workers import Workers
 
 
 class DeviceLoad:
@@ -65,7 +65,7 @@ class DeviceLoad:
     def run(
         self,
         rings: Mapping[torch.device, Sequence[Lane]],
-        pool: ThreadPoolExecutor,
+        pool: Workers,
         open_file: Callable[[str], FileReader],
     ) -> None:
         """Do all that the plan says, with at least one lane for each of `reads_by_device`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from gpudcp.formats.checksum import crc32
 from gpudcp.formats.envelope import Envelope
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
+from gpudcp.workers import Workers
 
 # A straight write checksums as much and writes it while it is in the last cache; fewer bytes are more system calls.
 _STRAIGHT_WRITE_NBYTES = 1 << 20
@@ -39,7 +40,7 @@ class Packer:
         self,
         file: SaveFilePlan,
         writer: FileWriter,
-        pool: ThreadPoolExecutor,
+        pool: Workers,
         *,
         lanes: int,
         has_checksum: bool,

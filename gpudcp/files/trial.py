@@ -94,7 +94,10 @@ def _within(deadline_s: float, act: Callable[[], DeviceIO]) -> DeviceIO | str:
             answers.append(f"a trial transfer failed: {err}")
 
     thread = threading.Thread(target=run, name="gpudcp-trial", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as err:  # at the interpreter's exit, or the system has no more
+        return f"no thread for a trial transfer: {err}"
     thread.join(deadline_s)
     if thread.is_alive():
         return f"a trial transfer did not return within {deadline_s:g} s"

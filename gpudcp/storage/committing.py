@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -25,6 +24,7 @@ from gpudcp.files.regular import open_regular
 from gpudcp.formats import index as index_format
 from gpudcp.formats.metadata import decode_metadata, encode_metadata
 from gpudcp.records import ItemRecords
+from gpudcp.workers import Workers
 
 _logger = logging.getLogger("gpudcp")
 
@@ -51,7 +51,7 @@ def commit(directory: str, metadata: Metadata, records: ItemRecords, *, rank: in
 def _replace_metadata(directory: str, name: str, metadata: Metadata, records: ItemRecords, *, fsync: bool) -> None:
     """Put the metadata in place, with an index beside it where that is worth it."""
     encoded = encode_metadata(metadata, records)
-    with ThreadPoolExecutor(1, "gpudcp-index") as beside:
+    with Workers(1, "gpudcp-index") as beside:
         # Beside each other, as NumPy lets go of the interpreter.
         columns = beside.submit(index_format.index_columns, metadata, records)
         with file_to_replace(directory, name, encoded.parts(), fsync=fsync):

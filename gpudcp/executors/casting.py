@@ -5,7 +5,7 @@ executor writes the same bytes: what torch's own casts do there depends on its v
 values, and all other pairs, are torch's ``copy_``.
 
 All other pairs start from host memory, as in a load of stock DCP, and torch's ``copy_`` then casts before it moves.
-What lies beyond an integer's range, of which a GPU makes something else, is then the same for stock and all executors.
+What lies beyond an integer's range, of which a GPU makes something else, is then what torch makes of it on the host.
 """
 
 from __future__ import annotations

@@ -46,7 +46,9 @@ def unpack(lane: Lane, read: SlabRead, pairs: Sequence[_Pair], *, first_byte: in
 
 def _is_for_kernel(chunk: ChunkRead, box: torch.Tensor) -> bool:
     is_view_of_another = box.is_conj() or box.is_neg()
-    return not is_view_of_another and is_castable(chunk.dtype, box.dtype)
+    # Elements at one place torch refuses to write.
+    is_expanded = not box.is_contiguous() and 0 in box.stride()
+    return not is_view_of_another and not is_expanded and is_castable(chunk.dtype, box.dtype)
 
 
 def _unpack_by_kernel(lane: Lane, pairs: Iterable[_Pair], base: int, stopwatch: Stopwatch) -> None:

@@ -15,8 +15,8 @@ import torch
 from gpudcp.arrays import Int64
 from gpudcp.boxes import extent_of_box
 
-# Pairs whose extents overlap are looked at up to so many, 45 ms on one core. Of more, all are taken to share memory,
-# which costs a launch for each box; so many boxes that lie between one another are hardly ever in one slab.
+# So many pairs whose extents overlap are looked at together, which takes 45 ms on one core and some tens of MiB: those
+# of 500 boxes that all lie between one another. A sequence with more is cut, which costs a launch and nothing else.
 _MOST_PAIRS = 1 << 17
 
 
@@ -33,13 +33,22 @@ def extents_of(boxes: Iterable[torch.Tensor]) -> Int64:
 
 
 def in_turns(boxes: Sequence[torch.Tensor]) -> list[slice]:
-    """Cut a sequence of tensors, none of them empty, into as few runs as leave no two in a run that share memory."""
+    """Cut a sequence of tensors, none of them empty, into runs that have no two tensors that share memory.
+
+    They are as few as that takes, unless very many tensors lie between one another.
+    """
     extents = extents_of(boxes)
     order = np.argsort(extents[:, 0], kind="stable")
     starts, ends = extents[order].T
     if bool((starts[1:] >= np.maximum.accumulate(ends)[:-1]).all()):
         return [slice(0, len(boxes))]
-    first, second = _sharing(boxes, *(order[places] for places in _overlapping(starts, ends)))
+    counts = np.searchsorted(starts, ends, side="left") - np.arange(1, len(starts) + 1)  # of those that begin within
+    if int(counts.sum()) > _MOST_PAIRS:
+        half = len(boxes) // 2
+        later = (slice(run.start + half, run.stop + half) for run in in_turns(boxes[half:]))
+        return [*in_turns(boxes[:half]), *later]
+    outer = np.repeat(np.arange(len(starts)), counts)
+    first, second = _sharing(boxes, order[outer], order[outer + 1 + _positions_in(counts)])
     last_before = np.full(len(boxes), -1)
     np.maximum.at(last_before, np.maximum(first, second), np.minimum(first, second))
     cuts = [0]
@@ -49,22 +58,13 @@ def in_turns(boxes: Sequence[torch.Tensor]) -> list[slice]:
     return [slice(start, stop) for start, stop in pairwise([*cuts, len(boxes)])]
 
 
-def _overlapping(starts: Int64, ends: Int64) -> tuple[Int64, Int64]:
-    """All pairs of extents, sorted by their starts, that overlap."""
-    counts = np.searchsorted(starts, ends, side="left") - np.arange(1, len(starts) + 1)
-    first = np.repeat(np.arange(len(starts)), counts)
-    return first, first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
 def _sharing(boxes: Sequence[torch.Tensor], first: Int64, second: Int64) -> tuple[Int64, Int64]:
-    """Those of the pairs that share a byte, and those that would take too long to tell.
+    """Those of the pairs that share a byte, or may share one.
 
     A pair shares a byte if whole numbers solve sum(stride * n) = distance, where each n is within the range of a
     dimension of the one box, or of its negative for the other one; a byte's place in its element is one dimension more.
     From the longest stride on, few values of an n leave what the shorter ones can still make up for.
     """
-    if len(first) > _MOST_PAIRS:
-        return first, second
     numbers, places = np.unique(np.concatenate((first, second)), return_inverse=True)
     one, other = places[: len(first)], places[len(first) :]
     addresses, strides, reaches = _geometry([boxes[number] for number in numbers])

@@ -28,7 +28,7 @@ class Destinations:
         chunk = read.chunks[0]
         if chunk.position == NO_DESTINATION:
             return None
-        box = _box(self._tensor(chunk.position), chunk)
+        box = self.box(chunk)
         if not is_plain_memory(box, chunk.dtype):
             return None
         return box.data_ptr()
@@ -40,9 +40,7 @@ class Destinations:
             if position == NO_DESTINATION:
                 continue
             if slab is not None:
-                tensor = self._tensor(position)
-                box = tensor if tensor.shape == chunk.lengths else _box(tensor, chunk)
-                unpack_host(slab, chunk.byte_offset - read.byte_offset, chunk, box)
+                unpack_host(slab, chunk.byte_offset - read.byte_offset, chunk, self.box(chunk))
         self.count(read)
 
     def count(self, read: SlabRead) -> None:
@@ -57,7 +55,8 @@ class Destinations:
 
     def box(self, chunk: ChunkRead) -> torch.Tensor:
         """What a chunk fills of its destination."""
-        return _box(self._tensor(chunk.position), chunk)
+        tensor = self._tensor(chunk.position)
+        return tensor if tensor.shape == chunk.lengths else _box(tensor, chunk)
 
     def uncommitted(self) -> dict[int, torch.Tensor]:
         """What was resolved and lacks bytes, or the proof that they are right."""

@@ -279,6 +279,18 @@ def test_columns_of_one_tensor_take_one_launch(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(whole.view(torch.int32), torch.cat(entries, dim=1).view(torch.int32))
 
 
+@pytest.mark.parametrize("executor", ["cpu", "interpret"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_destination_whose_elements_share_memory_is_refused(
+    tmp_path: Path, executor: Any, dtype: torch.dtype
+) -> None:
+    """As torch refuses to write to it: whichever element came last would stand for all."""
+    dcp.save({"a": torch.arange(6.0).view(2, 3)}, checkpoint_id=tmp_path)
+    place = torch.zeros(1, 3, dtype=dtype).expand(2, 3)
+    with pytest.raises((RuntimeError, gpudcp.errors.GpuDcpError), match="more than one element"):
+        gpudcp.load({"a": place}, tmp_path, options=gpudcp.Options(executor=executor))
+
+
 def test_a_nan_is_cast_into_a_negative_view() -> None:
     """What kernels do not write goes by the same rule through torch."""
     entries = [torch.tensor([1.5, torch.nan], dtype=torch.bfloat16)]

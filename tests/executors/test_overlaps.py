@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import pairwise
 from typing import Any
 
@@ -121,12 +122,27 @@ def test_extents_are_the_first_and_last_bytes(boxes: list[torch.Tensor]) -> None
         assert (start, end) == (min(bytes_of(box)), max(bytes_of(box)) + 1)
 
 
-def test_too_many_pairs_are_taken_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than to look for a long time."""
-    columns = [*torch.zeros(10, 4).split(1, dim=1)]
+def test_a_sequence_with_too_many_pairs_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than to look at all of them; within each half those that share are found."""
+    columns = [*torch.zeros(10, 9).split(1, dim=1)]
     assert len(in_turns(columns)) == 1
-    monkeypatch.setattr(overlaps, "_MOST_PAIRS", 5)
-    assert len(in_turns(columns)) == 4
+    monkeypatch.setattr(overlaps, "_MOST_PAIRS", 9)
+    assert in_turns(columns) == [slice(0, 4), slice(4, 6), slice(6, 9)]
+    assert in_turns([*columns[:5], columns[4], *columns[:3]]) == [slice(0, 4), slice(4, 5), slice(5, 6), slice(6, 9)]
+
+
+def test_very_many_columns_take_little_memory() -> None:
+    """20,000 that lie between one another are 200 million pairs."""
+    columns = [*torch.zeros(3, 20_000).unbind(1)]
+    tracemalloc.start()
+    try:
+        runs = in_turns(columns)
+        _, most_nbytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(runs) < 100
+    assert [run.start for run in runs[1:]] == [run.stop for run in runs[:-1]]
+    assert most_nbytes < 100 << 20
 
 
 @pytest.mark.parametrize("boxes", [[], [torch.zeros(3)]])

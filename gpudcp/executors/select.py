@@ -6,7 +6,6 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -107,23 +106,13 @@ def unavailable(executor: str) -> str | None:
         return f"this process interprets its kernels: unset TRITON_INTERPRET, or {_REMEDY}"
     if c_compiler() is None:
         return f"Triton needs a C compiler at its first launch and finds none: install gcc, set CC, or {_REMEDY}"
-    if (why := _why_no_launch()) is not None:
+    from gpudcp_kernels.launching import why_no_launch  # imports triton
+
+    if (why := why_no_launch()) is not None:
         return (
             f"Triton cannot launch a kernel here ({why}): it needs Python.h, libcuda where ldconfig -p lists it or "
             f"TRITON_LIBCUDA_PATH says, and a cache that it can write to, TRITON_CACHE_DIR; or {_REMEDY}"
         )
-    return None
-
-
-@cache
-def _why_no_launch() -> str | None:
-    """What Triton says when it prepares its first launch, for which it compiles and loads some C; asked once."""
-    import triton
-
-    try:
-        triton.runtime.driver.active.utils  # noqa: B018
-    except Exception as err:  # of whatever kind: the cpu executor is there
-        return f"{type(err).__name__}: {err}"
     return None
 
 

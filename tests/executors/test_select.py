@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpudcp_kernels import launching
 
 from gpudcp.errors import BackendUnavailableError
 from gpudcp.executors import select as select_module
@@ -130,22 +131,21 @@ def test_without_a_c_compiler_kernels_cannot_be_launched(monkeypatch: pytest.Mon
 
 def test_where_triton_cannot_launch_its_own_words_say_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Python's headers, libcuda in the linker's cache, or a directory to write to: whatever it raises."""
-    import triton
 
     class Driver:
         @property
         def utils(self) -> None:
             raise AssertionError("libcuda.so cannot found!")
 
-    monkeypatch.setattr(triton.runtime.driver, "_active", Driver(), raising=False)
+    monkeypatch.setattr(launching.triton.runtime.driver, "_active", Driver(), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(select_module, "_is_interpreting", lambda: False)
     monkeypatch.setattr(select_module, "c_compiler", lambda: "gcc")
-    select_module._why_no_launch.cache_clear()
+    launching.why_no_launch.cache_clear()
     try:
         assert "(AssertionError: libcuda.so cannot found!)" in (unavailable("cuda") or "")
     finally:
-        select_module._why_no_launch.cache_clear()
+        launching.why_no_launch.cache_clear()
 
 
 def test_a_gpu_that_no_kernel_was_compiled_for_is_left_to_the_cpu_executor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from gpudcp.arrays import Int64
 from gpudcp.boxes import extent_of_box
 
-# So many pairs whose extents overlap are looked at together, which takes 45 ms on one core and some tens of MiB: those
+# So many pairs whose extents overlap are looked at together, which takes 50 ms on one core and some tens of MiB: those
 # of 500 boxes that all lie between one another. A sequence with more is cut, which costs a launch and nothing else.
 _MOST_PAIRS = 1 << 17
 

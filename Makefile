@@ -1,7 +1,7 @@
 PYTHON ?= python
 DEMO_VENV := .venv-demo
 
-.PHONY: check test test-gpu sanitize-gpu bench-gpu gpu-report test-kvikio bench fuzz demo clean
+.PHONY: check test test-ptx test-gpu sanitize-gpu bench-gpu gpu-report test-kvikio bench fuzz demo clean
 
 check:
 	$(PYTHON) -m ruff check .
@@ -11,6 +11,11 @@ check:
 
 test:
 	$(PYTHON) -m pytest
+
+# Needs no GPU: what Triton compiles for one (PTX_ARCHITECTURE=80, 90, 100) is run on the host, as tests/ptx can.
+test-ptx:
+	PYTHONPATH=tests/ptx:.:kernels:$$PYTHONPATH $(PYTHON) -m pytest -p ptx_plugin -m "not gpu or ptx" \
+	  tests/kernels tests/gpu --ignore tests/kernels/test_compile.py
 
 # Needs one GPU, skips without. Warnings of a torch that nobody has tried yet are shown, not raised.
 GPU_PYTEST := TRITON_INTERPRET=0 $(PYTHON) -m pytest -W default

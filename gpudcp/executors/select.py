@@ -95,14 +95,14 @@ def unavailable(executor: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return f"Triton is not installed: pip install triton, or {_REMEDY}"
     if executor == "interpret":
-        if "gpudcp_kernels.triton_api" in sys.modules and not _is_interpreting():
+        if "gpudcp_kernels.triton_api" in sys.modules and not _kernels_on_host():
             return f"this process has compiled its kernels already: set TRITON_INTERPRET=1 from its start, or {_REMEDY}"
         return None
     if torch.version.hip is not None:
         return f"this torch is built for ROCm, and the cuda executor is for NVIDIA's GPUs: {_REMEDY}"
     if not torch.cuda.is_available():
         return f"torch sees no CUDA device: install torch with CUDA, see nvidia-smi, or {_REMEDY}"
-    if "gpudcp_kernels.triton_api" in sys.modules and _is_interpreting():
+    if "gpudcp_kernels.triton_api" in sys.modules and _kernels_on_host():
         return f"this process interprets its kernels: unset TRITON_INTERPRET, or {_REMEDY}"
     if c_compiler() is None:
         return f"Triton needs a C compiler at its first launch and finds none: install gcc, set CC, or {_REMEDY}"
@@ -176,10 +176,10 @@ def _device_executor(
     )
 
 
-def _is_interpreting() -> bool:
-    from gpudcp_kernels.triton_api import IS_INTERPRETING
+def _kernels_on_host() -> bool:
+    from gpudcp_kernels.triton_api import ON_HOST
 
-    return IS_INTERPRETING
+    return ON_HOST
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

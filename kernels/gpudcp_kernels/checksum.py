@@ -25,7 +25,7 @@ from gpudcp_kernels.chunks import Parts, Variant, are_small, end_words, large_ta
 from gpudcp_kernels.polynomials import POLYNOMIAL, Int64s, UInt32s, remainder_factors
 from gpudcp_kernels.specialisation import Specialisation
 from gpudcp_kernels.tables import ALIGNMENT_NBYTES, Table, on_device_of, to_device
-from gpudcp_kernels.triton_api import IS_INTERPRETING, device_function, kernel
+from gpudcp_kernels.triton_api import IS_INTERPRETING, ON_HOST, device_function, kernel
 
 SMALL_NBYTES = 32 << 10
 """Ranges of up to so many bytes are one chunk each."""
@@ -216,7 +216,7 @@ def add_parts(slots: torch.Tensor, slab: torch.Tensor, parts: Parts) -> None:
     Raises:
         ValueError: a part lies outside the slab or its slot does not exist; slab or slots are not what is said above.
     """
-    with on_device_of(slab, is_interpreting=IS_INTERPRETING):
+    with on_device_of(slab, on_host=ON_HOST):
         _check_memory(slots, slab)
         _check_parts(slots, slab, parts)
         small = are_small(parts, max_nbytes=SMALL_NBYTES)
@@ -258,7 +258,7 @@ def write_patches(slab: torch.Tensor, slots: torch.Tensor, *, patch_slots: Int64
     Raises:
         ValueError: a patch lies outside the slab or its slot does not exist; slab or slots are not what is said above.
     """
-    with on_device_of(slab, is_interpreting=IS_INTERPRETING):
+    with on_device_of(slab, on_host=ON_HOST):
         _check_memory(slots, slab)
         npatches = len(patch_slots)
         if byte_offsets.shape != (npatches,):

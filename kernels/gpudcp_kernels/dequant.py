@@ -25,7 +25,7 @@ from gpudcp_kernels.tables import (
     table_of_columns,
     to_device,
 )
-from gpudcp_kernels.triton_api import IS_INTERPRETING, access_width, kernel
+from gpudcp_kernels.triton_api import ON_HOST, access_width, kernel
 
 SCALE_BLOCK = 128
 """Rows and columns of a weight that share a scale."""
@@ -123,7 +123,7 @@ def dequant_unpack(
     if memory_dtype not in _DTYPES:
         raise ValueError(f"block-scaled weights become float32, float16 or bfloat16, not {memory_dtype}")
     _check_scales(boxes, scales)
-    with on_device_of(slab, is_interpreting=IS_INTERPRETING):
+    with on_device_of(slab, on_host=ON_HOST):
         check_padding(slab)
         numels = check_rows(boxes, slab, memory_nbytes=memory_dtype.itemsize, file_nbytes=1, file_strides=file_strides)
         columns = _columns(boxes, scales, slab, numels, file_strides)[:, numels > 0]

@@ -11,7 +11,7 @@ from gpudcp_kernels.references import box_at
 from gpudcp_kernels.rows import elements_at, row_of_program, unit_offsets
 from gpudcp_kernels.specialisation import Specialisation
 from gpudcp_kernels.tables import ALIGNMENT_NBYTES, Boxes, Rows, on_device_of, rows_of, table_of, to_device
-from gpudcp_kernels.triton_api import IS_INTERPRETING, access_width, kernel
+from gpudcp_kernels.triton_api import ON_HOST, access_width, kernel
 
 _NUM_WARPS = 8
 # Of the wider side: eight 16-byte accesses in flight a thread there, four on the narrower, and no spills.
@@ -77,7 +77,7 @@ def pack_cast(boxes: Boxes, slab: torch.Tensor, *, memory_dtype: torch.dtype, fi
         ValueError: the rule has no such cast, the slab is not flat bytes of the kernels' device, or a row is not in it.
     """
     cast = cast_of(memory_dtype, file_dtype)
-    with on_device_of(slab, is_interpreting=IS_INTERPRETING):
+    with on_device_of(slab, on_host=ON_HOST):
         rows = rows_of(boxes, slab, memory_nbytes=memory_dtype.itemsize, file_nbytes=file_dtype.itemsize)
         unit = _aligned_unit(cast)
         are_aligned = rows.come_in_units(unit, memory_alignment_nbytes=ALIGNMENT_NBYTES)

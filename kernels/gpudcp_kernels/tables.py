@@ -230,7 +230,7 @@ def to_device(tables: Sequence[Table], device: torch.device) -> list[torch.Tenso
     return [everything[start : start + table.numbers.size] for table, start in zip(tables, starts, strict=False)]
 
 
-def on_device_of(slab: torch.Tensor, *, is_interpreting: bool) -> AbstractContextManager[Any]:
+def on_device_of(slab: torch.Tensor, *, on_host: bool) -> AbstractContextManager[Any]:
     """The guard under which kernels are launched.
 
     Raises:
@@ -238,10 +238,10 @@ def on_device_of(slab: torch.Tensor, *, is_interpreting: bool) -> AbstractContex
     """
     if slab.dtype != torch.uint8 or slab.ndim != 1 or not slab.is_contiguous():
         raise ValueError(f"a slab is flat uint8, not {slab.dtype} of shape {tuple(slab.shape)}")
-    if slab.device.type != ("cpu" if is_interpreting else "cuda"):
-        where = "under Triton's interpreter" if is_interpreting else "on a GPU"
+    if slab.device.type != ("cpu" if on_host else "cuda"):
+        where = "on the host" if on_host else "on a GPU"
         raise ValueError(f"the slab is on {slab.device}, the kernels run {where}")
-    return nullcontext() if is_interpreting else torch.cuda.device(slab.device)
+    return nullcontext() if on_host else torch.cuda.device(slab.device)
 
 
 def check_rows(

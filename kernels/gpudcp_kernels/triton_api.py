@@ -15,7 +15,10 @@ from typing import Any
 import triton
 
 IS_INTERPRETING = bool(triton.knobs.runtime.interpret)
-"""Whether the kernels of this process run on the host, under the interpreter: decided once, at the first import."""
+"""Whether the kernels of this process are interpreted instead of compiled: decided once, at the first import."""
+
+ON_HOST = IS_INTERPRETING
+"""Whether they work on the host's memory. Tests set it to run what is compiled there."""
 
 
 def kernel(function: Callable[..., Any]) -> Any:

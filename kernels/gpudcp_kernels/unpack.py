@@ -33,7 +33,7 @@ from gpudcp_kernels.tables import (
     table_of,
     to_device,
 )
-from gpudcp_kernels.triton_api import IS_INTERPRETING, access_width, kernel
+from gpudcp_kernels.triton_api import ON_HOST, access_width, kernel
 
 _NUM_WARPS = 8
 
@@ -165,7 +165,7 @@ def unpack_cast(
             in it.
     """
     cast = cast_of(file_dtype, memory_dtype)
-    with on_device_of(slab, is_interpreting=IS_INTERPRETING):
+    with on_device_of(slab, on_host=ON_HOST):
         check_padding(slab)
         rows = rows_of(
             boxes,

@@ -124,7 +124,7 @@ def test_without_triton_neither_device_executor_is_available(monkeypatch: pytest
 def test_without_a_c_compiler_kernels_cannot_be_launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton would fail at its first launch, in the middle of a save."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(select_module, "_is_interpreting", lambda: False)
+    monkeypatch.setattr(select_module, "_kernels_on_host", lambda: False)
     monkeypatch.setenv("CC", "no-such-compiler")
     assert "C compiler" in (unavailable("cuda") or "")
 
@@ -139,7 +139,7 @@ def test_where_triton_cannot_launch_its_own_words_say_why(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(launching.triton.runtime.driver, "_active", Driver(), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(select_module, "_is_interpreting", lambda: False)
+    monkeypatch.setattr(select_module, "_kernels_on_host", lambda: False)
     monkeypatch.setattr(select_module, "c_compiler", lambda: "gcc")
     launching.why_no_launch.cache_clear()
     try:

@@ -1,4 +1,7 @@
-"""Everything here needs one GPU, and kernels compiled for it: elsewhere it is skipped, with the reason."""
+"""Everything here needs one GPU, and kernels compiled for it: elsewhere it is skipped, with the reason.
+
+`make test-ptx` runs the tests of kernels alone, marked ptx, on the host.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,13 @@ import torch
 triton_api = pytest.importorskip("gpudcp_kernels.triton_api", reason="Triton is not installed")
 
 
+RUNS_PTX = triton_api.ON_HOST and not triton_api.IS_INTERPRETING
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _needs_a_gpu() -> None:
+    if RUNS_PTX:
+        return
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if triton_api.IS_INTERPRETING:
@@ -19,4 +27,5 @@ def _needs_a_gpu() -> None:
 @pytest.fixture(autouse=True)
 def _leaves_no_error_behind() -> None:
     """A wrong access of an earlier test must not be taken for one of the next."""
-    torch.cuda.synchronize()
+    if not RUNS_PTX:
+        torch.cuda.synchronize()

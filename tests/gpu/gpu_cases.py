@@ -1,4 +1,7 @@
-"""Memory twice, on the host for a kernel's reference and on the GPU for the kernel, and random boxes in it."""
+"""Memory twice, on the host for a kernel's reference and on the GPU for the kernel, and random boxes in it.
+
+Where the kernels' compiled code runs on the host (`make test-ptx`), so is the kernel's memory, with fences around it.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ from dataclasses import dataclass, replace
 from itertools import product
 
 import numpy as np
+import pytest
 import torch
+from gpudcp_kernels import triton_api
 from gpudcp_kernels.casts import FLOATS, Cast, cast_of, is_castable
 from gpudcp_kernels.tables import Boxes, Int64s
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cpu" if triton_api.ON_HOST else "cuda")
 POISON = 0xA5
+needs_gpu_itself = pytest.mark.skipif(triton_api.ON_HOST, reason="needs a GPU's streams, or what torch does there")
 MARGIN_NBYTES = 64
 """Poison on both sides of every slab; more than kernels may read there."""
 
@@ -137,6 +143,10 @@ def poisoned(nbytes: int) -> torch.Tensor:
 
 def on_device(host: torch.Tensor) -> torch.Tensor:
     """A copy."""
+    if triton_api.ON_HOST:
+        from ptx_fences import fenced_copy
+
+        return fenced_copy(host)
     return host.to(DEVICE, copy=True)
 
 
@@ -147,6 +157,8 @@ def slab_in(memory: torch.Tensor) -> torch.Tensor:
 
 def need_device_memory(nbytes: int) -> str | None:
     """Why a test that takes so much cannot run; None: it can."""
+    if triton_api.ON_HOST:
+        return f"{nbytes / 2**30:.1f} GiB, which would take long on the host"
     free_nbytes = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     if free_nbytes < nbytes * 1.1:
         return f"needs {nbytes / 2**30:.1f} GiB of device memory, {free_nbytes / 2**30:.1f} are free"

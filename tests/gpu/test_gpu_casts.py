@@ -7,7 +7,18 @@ import json
 import numpy as np
 import pytest
 import torch
-from gpu_cases import BITS, DEVICE, FLOAT_PAIRS, MARGIN_NBYTES, on_device, poisoned, run_boxes, slab_in, telling_values
+from gpu_cases import (
+    BITS,
+    DEVICE,
+    FLOAT_PAIRS,
+    MARGIN_NBYTES,
+    needs_gpu_itself,
+    on_device,
+    poisoned,
+    run_boxes,
+    slab_in,
+    telling_values,
+)
 from gpudcp_kernels.casts import CANONICAL_NANS, cast_reference
 from gpudcp_kernels.pack import pack_cast
 from gpudcp_kernels.unpack import unpack_cast
@@ -15,7 +26,7 @@ from to_table import KEPT, as_lines, measured
 
 from gpudcp.executors.casting import copy_cast
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.ptx]
 
 
 def assert_same_bits(found: torch.Tensor, values: torch.Tensor, expected: torch.Tensor) -> None:
@@ -57,6 +68,7 @@ def test_unpacking_casts_by_the_rule(source: torch.dtype, dest: torch.dtype) -> 
         assert_same_bits(result.cpu()[::step].contiguous(), values, expected)
 
 
+@needs_gpu_itself
 @pytest.mark.parametrize("way", ["device to device", "device to host", "host to device"])
 @pytest.mark.parametrize(("source", "dest"), FLOAT_PAIRS, ids=str)
 def test_torch_casts_by_the_rule_as_the_executors_ask_it(source: torch.dtype, dest: torch.dtype, way: str) -> None:
@@ -68,6 +80,7 @@ def test_torch_casts_by_the_rule_as_the_executors_ask_it(source: torch.dtype, de
     assert_same_bits(into.cpu(), values, expected)
 
 
+@needs_gpu_itself
 def test_where_cudas_own_casts_differ_from_the_rule_is_as_written_down() -> None:
     """Printed, and compared with the table that was kept; what the rule says does not depend on it."""
     found = measured()

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from gpu_cases import DEVICE, need_device_memory, on_device, random_bytes
+from gpu_cases import DEVICE, need_device_memory, needs_gpu_itself, on_device, random_bytes
 from gpudcp_kernels.checksum import (
     SMALL_NBYTES,
     add_parts,
@@ -20,7 +20,7 @@ from gpudcp_kernels.checksum import (
 from gpudcp_kernels.chunks import Parts
 from gpudcp_kernels.tables import SLAB_PADDING_NBYTES, Int64s
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.ptx]
 
 
 def check(nbytes: int, byte_offsets: Int64s, lengths: Int64s) -> None:
@@ -83,6 +83,7 @@ def test_ranges_beyond_four_gigabytes_have_zlibs_crc() -> None:
     ]
 
 
+@needs_gpu_itself
 def test_a_payload_over_many_slabs_has_zlibs_crc() -> None:
     """Its parts in slabs of their own, added in any order, on two streams."""
     payload = random_bytes(3_000_017, seed=5)

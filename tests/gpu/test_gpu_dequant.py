@@ -9,7 +9,7 @@ from gpu_cases import MARGIN_NBYTES, on_device, poisoned, random_bytes, slab_in
 from gpudcp_kernels.dequant import SCALE_BLOCK, Scales, dequant_unpack, dequant_unpack_reference
 from gpudcp_kernels.tables import Boxes
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.ptx]
 
 SHAPES = [(256, 128), (130, 272), (17, 48), (9, 31), (1, 1), (0, 16), (700, 640), (33, 1000)]
 ORIGINS = [(0, 0), (0, 0), (120, 96), (125, 3), (300, 127), (0, 0), (128, 256), (1, 5)]

@@ -10,6 +10,7 @@ from gpu_cases import (
     MARGIN_NBYTES,
     PAIRS,
     need_device_memory,
+    needs_gpu_itself,
     on_device,
     poisoned,
     random_bytes,
@@ -21,7 +22,7 @@ from gpudcp_kernels.casts import cast_reference
 from gpudcp_kernels.pack import pack_cast, pack_cast_reference
 from gpudcp_kernels.tables import SLAB_PADDING_NBYTES
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.ptx]
 
 
 @pytest.mark.parametrize(("memory_dtype", "file_dtype"), PAIRS, ids=str)
@@ -86,6 +87,7 @@ def test_offsets_beyond_two_and_four_gigabytes_are_right(start: int) -> None:
     assert all(bool((each == 0xA5).all()) for each in between)
 
 
+@needs_gpu_itself
 def test_work_goes_to_the_current_stream() -> None:
     """After what that stream was given before, without a wait on the host."""
     stream = torch.cuda.Stream()

@@ -22,7 +22,7 @@ from gpudcp_kernels.casts import cast_reference
 from gpudcp_kernels.tables import SLAB_PADDING_NBYTES
 from gpudcp_kernels.unpack import unpack_cast, unpack_cast_reference
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.ptx]
 
 
 def check_unpacks(

@@ -219,11 +219,11 @@ def test_columns_that_do_not_fit_together_are_refused() -> None:
 def test_a_slab_is_flat_bytes_where_the_kernels_run() -> None:
     """Else an error that says which."""
     with pytest.raises(ValueError, match="flat uint8"):
-        on_device_of(torch.zeros(4, 4, dtype=torch.uint8), is_interpreting=True)
+        on_device_of(torch.zeros(4, 4, dtype=torch.uint8), on_host=True)
     with pytest.raises(ValueError, match="flat uint8"):
-        on_device_of(torch.zeros(4), is_interpreting=True)
+        on_device_of(torch.zeros(4), on_host=True)
     with pytest.raises(ValueError, match="the slab is on cpu, the kernels run on a GPU"):
-        on_device_of(torch.zeros(4, dtype=torch.uint8), is_interpreting=False)
+        on_device_of(torch.zeros(4, dtype=torch.uint8), on_host=False)
 
 
 def test_a_slab_without_padding_is_refused() -> None:

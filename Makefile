@@ -13,9 +13,11 @@ test:
 	$(PYTHON) -m pytest
 
 # Needs no GPU: what Triton compiles for one (PTX_ARCHITECTURE=80, 90, 100) is run on the host, as tests/ptx can.
+PTX_PYTEST := PYTHONPATH=tests/ptx:.:kernels:$$PYTHONPATH $(PYTHON) -m pytest -p ptx_plugin
+
 test-ptx:
-	PYTHONPATH=tests/ptx:.:kernels:$$PYTHONPATH $(PYTHON) -m pytest -p ptx_plugin -m "not gpu or ptx" \
-	  tests/kernels tests/gpu --ignore tests/kernels/test_compile.py
+	$(PTX_PYTEST) -m "not gpu or ptx" --ignore tests/kernels/test_compile.py tests/kernels tests/gpu
+	$(PTX_PYTEST) -k interpret tests/executors
 
 # Needs one GPU, skips without. Warnings of a torch that nobody has tried yet are shown, not raised.
 GPU_PYTEST := TRITON_INTERPRET=0 $(PYTHON) -m pytest -W default

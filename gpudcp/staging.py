@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from gpudcp._dcp import dtensor_parts, dtensor_with_local
 from gpudcp.cudadriver import new_stream
-from gpudcp.executors.casting import copy_cast
+from gpudcp.executors.casting import copy_cast, in_pieces
 from gpudcp.executors.devicememory import pin
 from gpudcp.executors.memory import is_plain_memory
 from gpudcp.executors.sharedmemory import SharedSlab
@@ -180,10 +180,15 @@ def _view(arena: torch.Tensor, start: int, job: _Job) -> torch.Tensor:
 def _copy_into(copied: torch.Tensor, source: torch.Tensor) -> None:
     if source.nbytes < _SMALL_NBYTES and copied.is_cpu and is_plain_memory(source, copied.dtype):
         ctypes.memmove(copied.data_ptr(), source.data_ptr(), source.nbytes)
-    elif copied.dtype == source.dtype:
+    elif copied.dtype != source.dtype:
+        copy_cast(copied, source)
+    elif copied.device == source.device or (source.is_contiguous() and not (source.is_conj() or source.is_neg())):
         copied.copy_(source, non_blocking=True)
     else:
-        copy_cast(copied, source)
+        # To the host torch moves bytes, and those at once. It would first make them contiguous in device memory, all of
+        # them; and conjugate or negate them on the host before they have come. Here the device does both, by parts.
+        for piece, piece_of_source in in_pieces(copied, source):
+            piece.copy_(piece_of_source.clone(memory_format=torch.contiguous_format), non_blocking=True)
 
 
 def _bring(arena: torch.Tensor, host: torch.Tensor) -> None:

@@ -10,11 +10,27 @@ What lies beyond an integer's range, of which a GPU makes something else, is the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from gpudcp_kernels.casts import CANONICAL_NANS, in_range_of
 
-# So that what a cast takes beside the tensors, a mask and the elements in range, is little also on a full GPU.
+# So that what a copy takes beside the tensors, such as a cast's mask and elements in range, is little also on a full
+# GPU.
 _PIECE_NUMEL = 4 << 20
+
+
+def in_pieces(into: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Both tensors, which have one shape, in halves of halves: as views of a bounded number of elements, in order.
+
+    Those of a contiguous tensor are contiguous.
+    """
+    if into.numel() <= _PIECE_NUMEL:
+        yield into, source
+        return
+    first = next(dim for dim, length in enumerate(into.shape) if length > 1)
+    for half, half_source in zip(into.chunk(2, first), source.chunk(2, first), strict=True):
+        yield from in_pieces(half, half_source)
 
 
 def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
@@ -22,11 +38,11 @@ def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
     if into.dtype == source.dtype:
         into.copy_(source)
         return
-    if into.numel() > _PIECE_NUMEL:
-        first = next(dim for dim, length in enumerate(into.shape) if length > 1)
-        for half, half_source in zip(into.chunk(2, first), source.chunk(2, first), strict=True):
-            copy_cast(half, half_source)
-        return
+    for piece, piece_of_source in in_pieces(into, source):
+        _cast_piece(piece, piece_of_source)
+
+
+def _cast_piece(into: torch.Tensor, source: torch.Tensor) -> None:
     is_by_rule = into.dtype in CANONICAL_NANS and source.dtype in CANONICAL_NANS
     if not source.is_cpu and (into.is_cpu or not is_by_rule):
         source = source.cpu()  # also so that no cast takes memory of the device, which may have none left

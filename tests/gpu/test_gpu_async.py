@@ -108,6 +108,28 @@ def test_a_gpu_without_room_for_a_snapshot_is_copied_to_the_host_at_once(
     assert differences(expected, loaded) == []
 
 
+def test_views_that_the_host_would_conjugate_or_negate_are_copied_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So large that the call returns before their bytes have come, which torch would conjugate on the host by then."""
+    monkeypatch.setattr(staging, "_device_memory", lambda *_: None)
+    values = torch.randn(3000, 5000, dtype=torch.complex64, device=DEVICE)
+    state = {"conjugate": values.conj(), "negative": values.conj().imag, "transposed": values.t().conj()}
+    taken = staging.Stager().stage(state, None, nested=True, is_shared=False).state_dict
+    assert differences(state, taken) == []
+
+
+def test_a_full_gpu_needs_little_for_tensors_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two pieces of one at most, whatever its size."""
+    monkeypatch.setattr(staging, "_device_memory", lambda *_: None)
+    matrix, images = torch.randn(8000, 8001, device=DEVICE), torch.randn(64, 3, 512, 512, device=DEVICE)
+    state = {"transposed": matrix.t(), "channels_last": images.to(memory_format=torch.channels_last)}
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    taken = staging.Stager().stage(state, None, nested=True, is_shared=False).state_dict
+    assert torch.cuda.max_memory_allocated() - before <= 2 * 4 * (4 << 20)
+    assert differences(state, taken) == []
+
+
 @by_both
 def test_training_goes_on_beside_background_saves(tmp_path: Path, mode: str) -> None:
     """Steps that allocate, free and copy to the host; each checkpoint holds the step at which it was asked for."""

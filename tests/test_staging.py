@@ -1,0 +1,92 @@
+"""Snapshots of tensors on a GPU, which the host plays here; how they are saved is in `test_async_save`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from fake_gpu import FakeGpu
+
+from gpudcp import staging
+from gpudcp.staging import Snapshot, Stager
+
+KIB = 1 << 10
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """The one GPU of the process."""
+    gpu = FakeGpu()
+
+    class Event:
+        def __init__(self, *, blocking: bool) -> None:
+            assert blocking
+            self.record, self.synchronize = lambda _: None, gpu.synchronize
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (gpu.free_nbytes, gpu.total_nbytes))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: gpu.reserved_nbytes)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: gpu.allocated_nbytes)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(staging, "pin", lambda *_: None)
+    monkeypatch.setattr(staging, "new_stream", lambda _: gpu)
+    with gpu:
+        yield gpu
+
+
+def full(gpu: FakeGpu) -> None:
+    """No room for the copy that a snapshot begins with: tensors go to the host at once."""
+    gpu.total_nbytes = gpu.reserved_nbytes + 128 * KIB
+
+
+def staged(stager: Stager, **tensors: torch.Tensor) -> Snapshot:
+    return stager.stage(tensors, None, nested=True, is_shared=False)
+
+
+def complex_tensor(*sizes: int) -> torch.Tensor:
+    return torch.randn(*sizes, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("room", ["room", "full"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        torch.Tensor.conj,
+        lambda tensor: tensor.conj().imag,
+        lambda tensor: tensor.t().conj(),
+        lambda tensor: tensor.t(),
+        lambda tensor: tensor[:, 1:],
+        lambda tensor: tensor[0].expand(300, -1),
+        lambda tensor: tensor,
+    ],
+    ids=["conjugate", "negative", "transposed conjugate", "transposed", "part", "expanded", "whole"],
+)
+def test_views_of_a_gpu_are_copied_as_they_are(gpu: FakeGpu, view: Any, room: str) -> None:
+    """Also where bytes come to the host after the call that copies them has returned."""
+    tensor = view(gpu.place(complex_tensor(200, 300)))
+    expected = tensor.clone().tolist()
+    if room == "full":
+        full(gpu)
+    snapshot = staged(Stager(), tensor=tensor)
+    snapshot.finish()
+    assert snapshot.state_dict["tensor"].tolist() == expected
+
+
+@pytest.mark.parametrize("shape", [(512, 600), (1, 3, 1, 1000, 40)], ids=str)
+def test_a_full_gpu_needs_little_for_tensors_that_are_not_contiguous(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]
+) -> None:
+    """Not the whole tensor once more, which it has no room for."""
+    monkeypatch.setattr("gpudcp.executors.casting._PIECE_NUMEL", 2048)
+    tensor = gpu.place(torch.randn(*shape)).transpose(-1, -2)
+    expected = tensor.tolist()
+    full(gpu)
+    gpu.most_nbytes = before = gpu.allocated_nbytes
+    snapshot = staged(Stager(), tensor=tensor)
+    snapshot.finish()
+    assert gpu.most_nbytes - before <= 2 * 2048 * 4
+    assert snapshot.state_dict["tensor"].tolist() == expected

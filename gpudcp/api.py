@@ -150,15 +150,20 @@ def async_save(
 
     def act() -> Metadata:
         ranks = Ranks(group, no_dist=is_alone)
-        # A rank that has nothing to save must not leave the others waiting for it.
-        writer, values, process = ranks.vote("snapshot", snapshot)
+        try:
+            # A rank that has nothing to save must not leave the others waiting for it.
+            writer, values, process = ranks.vote("snapshot", snapshot)
 
-        def state() -> dict[str, Any]:
-            values.finish()
-            return values.state_dict
+            def state() -> dict[str, Any]:
+                values.finish()
+                return values.state_dict
 
-        with writer.beside_training(process) if isinstance(writer, GpuStorageWriter) else nullcontext():
-            return run_save(state, lambda: writer, planner, ranks, use_collectives=use_collectives)
+            with writer.beside_training(process) if isinstance(writer, GpuStorageWriter) else nullcontext():
+                return run_save(state, lambda: writer, planner, ranks, use_collectives=use_collectives)
+        finally:
+            # An error is kept until the next save, and keeps what it has come through.
+            for _, staged, _ in taken:
+                staged.discard()
 
     with _background.calls:
         try:
@@ -228,10 +233,10 @@ def _staged(
         return _stager.stage(values, casts, nested=nested, is_shared=is_shared)
     taken = stager.stage(values)
     if isinstance(taken, Future):
-        return Snapshot(taken.result(), lambda: None)
+        return Snapshot(taken.result(), [])
     if stager.should_synchronize_after_execute:
         stager.synchronize_staging()
-    return Snapshot(taken, lambda: None)
+    return Snapshot(taken, [])
 
 
 def load(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
 from typing import Any, NamedTuple
@@ -40,8 +40,33 @@ class Snapshot(NamedTuple):
     """A copy of a state dict, which nothing that training does changes."""
 
     state_dict: dict[str, Any]
-    finish: Callable[[], None]
-    """Brings to the host what is still on a device. To be called before the tensors are read, by who reads them."""
+    on_devices: list[_DeviceCopy]
+    """What is still there."""
+
+    def finish(self) -> None:
+        """Bring that to the host. To be called before the tensors are read, by who reads them."""
+        while self.on_devices:
+            copied = self.on_devices.pop()
+            try:
+                _bring(copied.memory, copied.host)
+            finally:
+                copied.free()
+
+    def discard(self) -> None:
+        """Nobody will read the tensors, or somebody has: give the devices' memory back."""
+        while self.on_devices:
+            self.on_devices.pop().free()
+
+
+class _DeviceCopy(NamedTuple):
+    """One device's tensors, copied within it, and where they go."""
+
+    memory: torch.Tensor
+    host: torch.Tensor
+
+    def free(self) -> None:
+        """Whoever still has the tensor, as the frames of an error have that somebody keeps."""
+        self.memory.untyped_storage().resize_(0)
 
 
 class Stager:
@@ -79,27 +104,33 @@ class Stager:
                 memo[id(value)] = _copied_object(value, memo_of_objects)
         # GPUs first: they copy, all at once, while the host does.
         devices = sorted({job.local.device for job in jobs.values()}, key=lambda device: device.type != "cuda")
-        left_to_do: list[Callable[[], None]] = []
-        for device in devices:
-            own = {key: job for key, job in jobs.items() if job.local.device == device}
-            left_to_do += self._copy(device, own, memo, is_shared=is_shared)
-        for device in devices:
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-
-        def finish() -> None:
-            while left_to_do:
-                left_to_do.pop()()  # and its device memory is free
-
-        # The structure around everything is copied by Python's own rules.
-        return Snapshot(copy.deepcopy(dict(state_dict), memo), finish)
+        snapshot = Snapshot({}, [])
+        try:
+            for device in devices:
+                own = {key: job for key, job in jobs.items() if job.local.device == device}
+                self._copy(device, own, memo, snapshot.on_devices, is_shared=is_shared)
+            for device in devices:
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+            # The structure around everything is copied by Python's own rules.
+            snapshot.state_dict.update(copy.deepcopy(dict(state_dict), memo))
+        except BaseException:
+            snapshot.discard()
+            raise
+        return snapshot
 
     def _copy(
-        self, device: torch.device, jobs: dict[int, _Job], memo: dict[int, Any], *, is_shared: bool
-    ) -> list[Callable[[], None]]:
+        self,
+        device: torch.device,
+        jobs: dict[int, _Job],
+        memo: dict[int, Any],
+        on_devices: list[_DeviceCopy],
+        *,
+        is_shared: bool,
+    ) -> None:
         """Begin to copy the tensors of one device; what is a host tensor in the end goes into ``memo``.
 
-        Returns what is left to do when the device has copied.
+        What is still to be brought there goes into ``on_devices``.
         """
         starts, nbytes = {}, 0
         for key, job in jobs.items():
@@ -107,10 +138,11 @@ class Stager:
             nbytes += -(-prod(job.local.shape) * job.dtype.itemsize // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES
         host = self._host_memory(SharedSlab if is_shared else HostSlab, nbytes, device)
         on_device = _device_memory(nbytes, device) if device.type == "cuda" else None
+        if on_device is not None:
+            on_devices.append(_DeviceCopy(on_device, host))
         for key, job in jobs.items():
             _copy_into(_view(host if on_device is None else on_device, starts[key], job), job.local)
             memo[key] = job.rewrapped(_view(host, starts[key], job))
-        return [] if on_device is None else [lambda: _bring(on_device, host)]
 
     def _host_memory(self, kind: type[HostSlab] | type[SharedSlab], nbytes: int, device: torch.device) -> torch.Tensor:
         """Flat uint8 of so many bytes: that of the last snapshot if it is large enough; pinned, for a GPU."""

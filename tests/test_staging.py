@@ -1,16 +1,20 @@
-"""Snapshots of tensors on a GPU, which the host plays here; how they are saved is in `test_async_save`."""
+"""Snapshots of tensors on a GPU, which the host plays here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_gpu import FakeGpu
 
-from gpudcp import staging
+import gpudcp
+from gpudcp import api, staging
+from gpudcp.errors import PlanError
+from gpudcp.ranks import Ranks
 from gpudcp.staging import Snapshot, Stager
 
 KIB = 1 << 10
@@ -90,3 +94,66 @@ def test_a_full_gpu_needs_little_for_tensors_that_are_not_contiguous(
     snapshot.finish()
     assert gpu.most_nbytes - before <= 2 * 2048 * 4
     assert snapshot.state_dict["tensor"].tolist() == expected
+
+
+class Uncopied(dict[str, Any]):
+    """A part of a state dict that no copy can be made of."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise ValueError("not to be copied")
+
+
+def test_a_background_save_brings_a_snapshot_and_frees_the_gpu(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of which the snapshot took as much as the tensors do, and no more."""
+    monkeypatch.setattr(api, "_stager", Stager())
+    tensor = gpu.place(torch.randn(1000, 64))
+    gpudcp.async_save({"tensor": tensor}, tmp_path).result()
+    assert gpu.most_nbytes == 2 * tensor.nbytes
+    assert gpu.allocated_nbytes == tensor.nbytes
+    found = {"tensor": torch.zeros(1000, 64)}
+    gpudcp.load(found, tmp_path)
+    assert torch.equal(found["tensor"], tensor)
+
+
+@pytest.mark.parametrize("failing", ["another rank", "the transfer", "the directory"])
+def test_a_background_save_that_fails_frees_the_gpu(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
+    """Whoever keeps its error: gpudcp does, until the next save."""
+
+    def fail(*_: Any) -> None:
+        raise PlanError("not today")
+
+    monkeypatch.setattr(api, "_stager", Stager())
+    if failing == "another rank":
+        monkeypatch.setattr(Ranks, "vote", fail)
+    elif failing == "the transfer":
+        monkeypatch.setattr(staging, "new_stream", fail)
+    tensor = gpu.place(torch.randn(1000, 64))
+    (tmp_path / "file").write_bytes(b"")
+    directory = tmp_path / "file" / "below" if failing == "the directory" else tmp_path
+    error = gpudcp.async_save({"tensor": tensor}, directory).exception()
+    assert error is not None
+    assert error.__traceback__ is not None
+    assert gpu.most_nbytes == 2 * tensor.nbytes
+    assert gpu.allocated_nbytes == tensor.nbytes
+
+
+@pytest.mark.parametrize("failing", ["copy", "structure"])
+def test_a_snapshot_that_cannot_be_taken_frees_the_gpu(gpu: FakeGpu, failing: str) -> None:
+    """Whoever keeps its error."""
+
+    def fail() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    tensor = gpu.place(torch.randn(1000, 64))
+    if failing == "copy":
+        gpu.before_copy = fail
+    structure = {"tensor": tensor} if failing == "copy" else Uncopied(tensor=tensor)
+    with pytest.raises((torch.OutOfMemoryError, ValueError)) as caught:
+        Stager().stage({"structure": structure}, None, nested=True, is_shared=False)
+    assert caught.tb is not None
+    assert gpu.most_nbytes == 2 * tensor.nbytes
+    assert gpu.allocated_nbytes == tensor.nbytes

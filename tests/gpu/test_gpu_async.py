@@ -13,7 +13,9 @@ from gpu_states import State, bits, blank, differences, load, mixed_state
 
 import gpudcp
 from gpudcp import staging
+from gpudcp.errors import PlanError
 from gpudcp.planners import DefaultSavePlanner
+from gpudcp.ranks import Ranks
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")]
 
@@ -128,6 +130,26 @@ def test_a_full_gpu_needs_little_for_tensors_that_are_not_contiguous(monkeypatch
     taken = staging.Stager().stage(state, None, nested=True, is_shared=False).state_dict
     assert torch.cuda.max_memory_allocated() - before <= 2 * 4 * (4 << 20)
     assert differences(state, taken) == []
+
+
+@pytest.mark.parametrize("failing", ["another rank", "the transfer"])
+def test_a_background_save_that_fails_frees_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    """Whoever keeps its error."""
+
+    def fail(*_: object) -> None:
+        raise PlanError("not today")
+
+    tensor = torch.randn(1 << 24, device=DEVICE)
+    before = torch.cuda.memory_allocated()
+    if failing == "another rank":
+        monkeypatch.setattr(Ranks, "vote", fail)
+    else:
+        monkeypatch.setattr(staging, "new_stream", fail)
+    error = begin({"tensor": tensor}, tmp_path, "thread").exception()
+    assert isinstance(error, PlanError)
+    assert torch.cuda.memory_allocated() == before
 
 
 @by_both

@@ -22,6 +22,7 @@ from gpudcp._dcp import dtensor_parts, dtensor_with_local
 from gpudcp.cudadriver import new_stream
 from gpudcp.executors.casting import copy_cast, in_pieces
 from gpudcp.executors.devicememory import pin
+from gpudcp.executors.devices import CudaDevice
 from gpudcp.executors.memory import is_plain_memory
 from gpudcp.executors.sharedmemory import SharedSlab
 from gpudcp.executors.slabs import HostSlab
@@ -74,6 +75,8 @@ class Stager:
 
     def __init__(self) -> None:
         self._slabs: dict[tuple[torch.device, type], HostSlab | SharedSlab] = {}
+        self._lent_nbytes: dict[torch.device, int] = {}
+        """The most that a snapshot has had of a device's memory, which torch keeps for the next one."""
 
     def stage(
         self, state_dict: Mapping[str, Any], casts: CastRule | None, *, nested: bool, is_shared: bool
@@ -137,7 +140,7 @@ class Stager:
             starts[key] = nbytes
             nbytes += -(-prod(job.local.shape) * job.dtype.itemsize // _ALIGNMENT_NBYTES) * _ALIGNMENT_NBYTES
         host = self._host_memory(SharedSlab if is_shared else HostSlab, nbytes, device)
-        on_device = _device_memory(nbytes, device) if device.type == "cuda" else None
+        on_device = self._device_memory(nbytes, device) if device.type == "cuda" else None
         if on_device is not None:
             on_devices.append(_DeviceCopy(on_device, host))
         for key, job in jobs.items():
@@ -155,6 +158,24 @@ class Stager:
                     pin(slab, device)
         self._slabs[device, kind] = slab
         return slab.tensor[:nbytes]
+
+    def _device_memory(self, nbytes: int, device: torch.device) -> torch.Tensor | None:
+        """Flat uint8, for as long as it takes to bring it to the host; None: there is no room."""
+        gpu = CudaDevice(device)
+        free_nbytes = gpu.free_nbytes()
+        lent_nbytes = self._lent_nbytes.get(device, 0)
+        if lent_nbytes > gpu.spare_nbytes() - free_nbytes:  # torch has given it back, or to somebody who keeps it
+            lent_nbytes = self._lent_nbytes[device] = 0
+        # Training needs some too. What torch keeps for its next tensors does not count: it is for activations. But what
+        # a snapshot before has had is as free as it was for that one.
+        if nbytes > (free_nbytes + (lent_nbytes if nbytes <= lent_nbytes else 0)) // 2:
+            return None
+        try:
+            memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        except torch.OutOfMemoryError:
+            return None
+        self._lent_nbytes[device] = max(nbytes, lent_nbytes)
+        return memory
 
 
 class _Job(NamedTuple):
@@ -233,15 +254,3 @@ def _bring(arena: torch.Tensor, host: torch.Tensor) -> None:
             host[start : start + _PIECE_NBYTES].copy_(arena[start : start + _PIECE_NBYTES], non_blocking=True)
             copied.record(stream)
             copied.synchronize()
-
-
-def _device_memory(nbytes: int, device: torch.device) -> torch.Tensor | None:
-    """Flat uint8, for as long as it takes to bring it to the host; None: there is no room."""
-    free, _ = torch.cuda.mem_get_info(device)
-    # Training needs some too. What torch keeps for its next tensors does not count: it is for activations.
-    if nbytes > free // 2:
-        return None
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError:
-        return None

@@ -157,3 +157,42 @@ def test_a_snapshot_that_cannot_be_taken_frees_the_gpu(gpu: FakeGpu, failing: st
     assert caught.tb is not None
     assert gpu.most_nbytes == 2 * tensor.nbytes
     assert gpu.allocated_nbytes == tensor.nbytes
+
+
+def nbytes_moved_at_once(gpu: FakeGpu, stager: Stager, tensor: torch.Tensor) -> int:
+    """While training waits; the snapshot is brought to the host after that."""
+    gpu.moved_nbytes = 0
+    snapshot = staged(stager, tensor=tensor)
+    moved_nbytes = gpu.moved_nbytes
+    snapshot.finish()
+    assert torch.equal(snapshot.state_dict["tensor"], tensor)
+    return moved_nbytes
+
+
+def test_a_gpu_has_room_for_every_snapshot_that_it_had_room_for_once(gpu: FakeGpu) -> None:
+    """torch keeps the memory of the first, which is then no longer free."""
+    stager, tensor = Stager(), gpu.place(torch.randn(1000, 64))
+    gpu.total_nbytes = gpu.reserved_nbytes + tensor.nbytes * 5 // 2
+    assert [nbytes_moved_at_once(gpu, stager, tensor) for _ in range(4)] == [0, 0, 0, 0]
+    assert [nbytes_moved_at_once(gpu, stager, tensor[:500]) for _ in range(2)] == [0, 0]
+    assert nbytes_moved_at_once(gpu, stager, tensor) == 0
+
+
+@pytest.mark.parametrize("meanwhile", ["grown", "used", "given back and used"])
+def test_memory_of_a_snapshot_that_is_gone_does_not_count(gpu: FakeGpu, meanwhile: str) -> None:
+    """Nor where the next one needs more: torch would take that from what is free, of which training needs some."""
+    stager, tensor = Stager(), gpu.place(torch.randn(1000, 64))
+    gpu.total_nbytes = gpu.reserved_nbytes + tensor.nbytes * 5 // 2
+    assert nbytes_moved_at_once(gpu, stager, tensor) == 0
+    if meanwhile == "grown":
+        larger = gpu.place(torch.randn(1001, 64))
+        gpu.total_nbytes += larger.nbytes
+        gpu.reserved_nbytes += larger.nbytes
+        assert nbytes_moved_at_once(gpu, stager, larger) == larger.nbytes
+        return
+    kept = gpu.place(torch.empty(tensor.nbytes // 2 if meanwhile == "used" else tensor.nbytes, dtype=torch.uint8))
+    if meanwhile != "used":
+        gpu.reserved_nbytes = gpu.allocated_nbytes
+        gpu.total_nbytes -= tensor.nbytes
+    assert nbytes_moved_at_once(gpu, stager, tensor) == tensor.nbytes
+    del kept

@@ -14,6 +14,7 @@ from gpu_states import State, bits, blank, differences, load, mixed_state
 import gpudcp
 from gpudcp import staging
 from gpudcp.errors import PlanError
+from gpudcp.executors.devicememory import allocate
 from gpudcp.planners import DefaultSavePlanner
 from gpudcp.ranks import Ranks
 
@@ -98,7 +99,7 @@ def test_a_gpu_without_room_for_a_snapshot_is_copied_to_the_host_at_once(
     tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training waits longer then; the bytes are the same."""
-    monkeypatch.setattr(staging, "_device_memory", lambda *_: None)
+    monkeypatch.setattr(staging.Stager, "_device_memory", lambda *_: None)
     monkeypatch.setattr(gpudcp.api, "_stager", staging.Stager())
     state = mixed_state(steps=10)
     expected = {name: tensor.detach().clone() for name, tensor in state.items()}
@@ -112,7 +113,7 @@ def test_a_gpu_without_room_for_a_snapshot_is_copied_to_the_host_at_once(
 
 def test_views_that_the_host_would_conjugate_or_negate_are_copied_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """So large that the call returns before their bytes have come, which torch would conjugate on the host by then."""
-    monkeypatch.setattr(staging, "_device_memory", lambda *_: None)
+    monkeypatch.setattr(staging.Stager, "_device_memory", lambda *_: None)
     values = torch.randn(3000, 5000, dtype=torch.complex64, device=DEVICE)
     state = {"conjugate": values.conj(), "negative": values.conj().imag, "transposed": values.t().conj()}
     taken = staging.Stager().stage(state, None, nested=True, is_shared=False).state_dict
@@ -121,7 +122,7 @@ def test_views_that_the_host_would_conjugate_or_negate_are_copied_right(monkeypa
 
 def test_a_full_gpu_needs_little_for_tensors_that_are_not_contiguous(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pieces of one at most, whatever its size."""
-    monkeypatch.setattr(staging, "_device_memory", lambda *_: None)
+    monkeypatch.setattr(staging.Stager, "_device_memory", lambda *_: None)
     matrix, images = torch.randn(8000, 8001, device=DEVICE), torch.randn(64, 3, 512, 512, device=DEVICE)
     state = {"transposed": matrix.t(), "channels_last": images.to(memory_format=torch.channels_last)}
     torch.cuda.synchronize()
@@ -150,6 +151,23 @@ def test_a_background_save_that_fails_frees_the_gpu(
     error = begin({"tensor": tensor}, tmp_path, "thread").exception()
     assert isinstance(error, PlanError)
     assert torch.cuda.memory_allocated() == before
+
+
+def test_a_well_filled_gpu_has_room_for_every_snapshot_that_it_had_room_for_once() -> None:
+    """torch keeps the memory of the first, which is then no longer free, and lends it to training meanwhile."""
+    torch.cuda.empty_cache()
+    free_nbytes = torch.cuda.mem_get_info()[0]
+    tensor = torch.ones(1 << 26, dtype=torch.uint8, device=DEVICE)
+    ballast = allocate(free_nbytes - int(3.5 * tensor.nbytes), torch.device("cuda", 0))
+    stager = staging.Stager()
+    for turn in range(4):
+        tensor.fill_(turn)
+        snapshot = stager.stage({"tensor": tensor}, None, nested=True, is_shared=False)
+        assert len(snapshot.on_devices) == 1
+        snapshot.finish()
+        assert bool((snapshot.state_dict["tensor"] == turn).all())
+        torch.ones(1 << 25, dtype=torch.uint8, device=DEVICE).sum()
+    del ballast
 
 
 @by_both

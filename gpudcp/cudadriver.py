@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -53,8 +54,22 @@ def new_stream(device: torch.device) -> Any:
     if result != 0 or stream.value is None:
         raise torch.OutOfMemoryError(f"{device}: cuStreamCreate: CUDA driver error {result}")
     own: Any = torch.cuda.ExternalStream(stream.value, device)  # type: ignore[no-untyped-call]
-    weakref.finalize(own, _destroy, stream.value, device).atexit = False  # the driver may be gone by then
+    when_gone(own, _destroy, stream.value, device)
     return own
+
+
+def when_gone(owner: object, act: Callable[..., object], *args: object) -> None:
+    """Have ``act`` called when the owner is no more.
+
+    Not at the interpreter's exit, when the driver may be gone. Nor in processes that are forked from this one: they
+    cannot call the driver, and what it would free there is this one's.
+    """
+    weakref.finalize(owner, _act_in, os.getpid(), act, args).atexit = False
+
+
+def _act_in(pid: int, act: Callable[..., object], args: tuple[object, ...]) -> None:
+    if os.getpid() == pid:
+        act(*args)
 
 
 def _destroy(stream: int, device: torch.device) -> None:

@@ -8,11 +8,10 @@ handled, and torch raises that at the next launch of whatever kernel.
 from __future__ import annotations
 
 import ctypes
-import weakref
 
 import torch
 
-from gpudcp.cudadriver import context_of, driver
+from gpudcp.cudadriver import context_of, driver, when_gone
 from gpudcp.executors.sharedmemory import SharedSlab
 from gpudcp.executors.slabs import HostSlab
 
@@ -34,7 +33,7 @@ def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
     if result != 0:
         raise torch.OutOfMemoryError(f"{device}: cuMemAlloc of {whole_nbytes} bytes: CUDA driver error {result}")
     memory = _Memory(address.value, whole_nbytes)
-    weakref.finalize(memory, _free, address.value, device).atexit = False  # the driver may be gone by then
+    when_gone(memory, _free, address.value, device)
     with torch.inference_mode(False):  # the caller's own mode may have ended when the memory is used again
         return torch.as_tensor(memory, device=device)[:nbytes]
 
@@ -54,7 +53,7 @@ def pin(slab: HostSlab | SharedSlab, device: torch.device) -> None:
     if isinstance(slab, HostSlab):
         slab.keep_from_children()
     # The memory itself is unmapped later: the slab and its tensor go first.
-    weakref.finalize(slab, _unpin, slab.address, device).atexit = False
+    when_gone(slab, _unpin, slab.address, device)
 
 
 def _free(address: int, device: torch.device) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import os
 from contextlib import suppress
+from weakref import WeakSet
 
 import torch
 
@@ -42,4 +45,19 @@ class HostSlab:
         from under the device instead), for each worker that loads data.
         """
         if hasattr(mmap, "MADV_DONTFORK"):
-            self.view.obj.madvise(mmap.MADV_DONTFORK)  # type: ignore[attr-defined]
+            memory: mmap.mmap = self.view.obj  # type: ignore[assignment]
+            _kept_from_children.add(memory)
+            memory.madvise(mmap.MADV_DONTFORK)
+
+
+_kept_from_children: WeakSet[mmap.mmap] = WeakSet()
+
+
+def _never_unmap() -> None:
+    """In a forked child nothing is where these were, until the system puts something else there: not to be unmapped."""
+    for memory in _kept_from_children:
+        # A reference of Python's would end with its module, at exit.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(memory))
+
+
+os.register_at_fork(after_in_child=_never_unmap)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import mmap
+import os
 import re
-from collections.abc import Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -227,3 +232,70 @@ def test_pinned_memory_is_not_given_to_forked_children(driver: Driver) -> None:
     ]
     assert "dc" in flags  # "do not copy area on fork"
     del slab
+
+
+def status_of_child(act: Callable[[], None]) -> int:
+    """Fork, act there, and end as Python does not: 0, or what stopped it."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            act()
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_does_not_call_the_driver(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which it cannot, and torch says so. What is the parent's stays its own until that lets go of it."""
+    monkeypatch.setattr(torch.cuda, "ExternalStream", _External)
+    owners: list[Any] = [CudaDevice(SECOND).new_host_slab(8192), cudadriver.new_stream(SECOND)]
+    monkeypatch.setattr(torch, "as_tensor", lambda memory, **_: owners.append(memory) or driver.slab.tensor)
+    devicememory.allocate(8192, SECOND)
+    called = list(driver.calls)
+
+    def let_go() -> None:
+        def refuse(_: torch.device) -> None:
+            raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+        ignored: list[Any] = []
+        sys.unraisablehook = ignored.append
+        torch.cuda.device = refuse  # type: ignore[assignment,misc]
+        owners.clear()
+        gc.collect()
+        assert not ignored, ignored
+        assert driver.calls == called
+
+    assert status_of_child(let_go) == 0
+    assert driver.calls == called
+    owners.clear()
+    assert sorted(call[0] for call in driver.calls[len(called) :]) == ["destroy", "free", "unregister"]
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("nbytes", [1 << 20, 4 << 20])
+def test_a_forked_child_does_not_unmap_what_is_where_pinned_memory_was(driver: Driver, nbytes: int) -> None:
+    """There is nothing of the slab in the child, so the system may put anything there: a library, a thread's stack."""
+    slabs = [HostSlab(nbytes)]
+    devicememory.pin(slabs[0], SECOND)
+    address = slabs[0].address
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+
+    def let_go() -> None:
+        private_fixed_anonymous = 0x02 | 0x100000 | 0x20  # fixed, but only where there is nothing
+        found = libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, private_fixed_anonymous, -1, 0)
+        assert found == address, ctypes.get_errno()
+        ctypes.memset(address, 7, nbytes)
+        slabs.clear()
+        gc.collect()
+        assert ctypes.string_at(address, nbytes) == bytes([7]) * nbytes
+
+    assert status_of_child(let_go) == 0
+    slabs.clear()
+    assert [call[0] for call in driver.calls] == ["register", "unregister"]

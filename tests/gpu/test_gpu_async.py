@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +171,26 @@ def test_a_well_filled_gpu_has_room_for_every_snapshot_that_it_had_room_for_once
         assert bool((snapshot.state_dict["tensor"] == turn).all())
         torch.ones(1 << 25, dtype=torch.uint8, device=DEVICE).sum()
     del ballast
+
+
+@by_both
+def test_a_forked_child_lets_go_of_a_snapshots_memory_and_its_parent_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    """A worker that loads data: it cannot call the driver, and must not unmap what has been put in that place."""
+    ignored: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    tensor = torch.ones(1 << 22, device=DEVICE)
+    begin({"tensor": tensor}, tmp_path / "0", mode).result()
+    pid = os.fork()
+    if pid == 0:
+        gc.collect()
+        os._exit(len(ignored))
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    begin({"tensor": tensor + 1}, tmp_path / "1", mode).result()
+    loaded = {"tensor": torch.zeros(1 << 22)}
+    load(loaded, tmp_path / "1")
+    assert bool((loaded["tensor"] == 2).all())
 
 
 @by_both

@@ -5,12 +5,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import ExitStack
 from queue import Empty, SimpleQueue
 from types import TracebackType
 from typing import Any, TypeVar
 
 _Result = TypeVar("_Result")
 _Job = tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]
+
+
+class _ThisThread(threading.local):
+    until_given_back: ExitStack | None = None
+
+
+_this_thread = _ThisThread()
+
+
+def until_given_back() -> ExitStack | None:
+    """Where the job at hand borrows the thread of who gave it, there being none: what is left when the job is done.
+
+    What a job sets for its thread, for all that this will do, goes there then. None: the thread is a worker's.
+    """
+    return _this_thread.until_given_back
 
 
 class Workers:
@@ -39,7 +55,12 @@ class Workers:
         if self._threads:
             self._jobs.put((future, act, args))
         else:
-            _do(future, act, args)
+            outer = _this_thread.until_given_back
+            try:
+                with ExitStack() as _this_thread.until_given_back:
+                    _do(future, act, args)
+            finally:
+                _this_thread.until_given_back = outer
         return future
 
     def __enter__(self) -> Workers:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import gpudcp
-from gpudcp.workers import Workers
+from gpudcp.workers import Workers, until_given_back
 
 
 @pytest.fixture
@@ -75,6 +75,33 @@ def test_without_threads_who_submits_does_the_work() -> None:
     with Workers(3, "some") as workers:
         assert workers.submit(threading.current_thread).result() is threading.current_thread()
         assert isinstance(workers.submit(lambda: 1 // 0).exception(), ZeroDivisionError)
+
+
+@pytest.mark.usefixtures("_no_threads")
+def test_a_borrowed_thread_is_given_back_as_it_was() -> None:
+    """When the job at hand is done, however; a job within a job has its own end."""
+    done: list[str] = []
+
+    def job(workers: Workers, *names: str) -> None:
+        borrowed = until_given_back()
+        assert borrowed is not None
+        borrowed.callback(done.append, f"{names[0]} given back")
+        if names[1:]:
+            workers.submit(job, workers, *names[1:])
+        assert until_given_back() is borrowed
+        done.append(f"{names[0]} ends")
+        raise ValueError(names[0])
+
+    with Workers(1, "some") as workers:
+        assert isinstance(workers.submit(job, workers, "outer", "inner").exception(), ValueError)
+    assert done == ["inner ends", "inner given back", "outer ends", "outer given back"]
+    assert until_given_back() is None
+
+
+def test_a_workers_thread_is_not_given_back() -> None:
+    """It is its own."""
+    with Workers(1, "some") as workers:
+        assert workers.submit(until_given_back).result() is None
 
 
 def test_with_fewer_threads_than_wanted_those_do_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
-from gpudcp.cudadriver import new_stream, relax_stream_capture
+from gpudcp.cudadriver import context_of, new_stream, relax_stream_capture
 from gpudcp.executors.devicememory import allocate, pin
 from gpudcp.executors.slabs import HostSlab
+from gpudcp.workers import until_given_back
 
 
 def is_out_of_memory(err: RuntimeError) -> bool:
@@ -82,7 +83,10 @@ class Device(Protocol):
     def new_stream(self) -> Stream: ...
 
     def bind_thread(self) -> None:
-        """Make the device the current one of a thread of a pool, which will wait for its events or move its memory."""
+        """Make the device the current one of a thread of `Workers`, which will wait for its events or move its memory.
+
+        If the thread is only borrowed, then for the job at hand.
+        """
 
 
 class CudaDevice:
@@ -124,6 +128,9 @@ class CudaDevice:
         return _CudaStream(self.torch_device)
 
     def bind_thread(self) -> None:
+        if (borrowed := until_given_back()) is not None:
+            borrowed.enter_context(context_of(self.torch_device))
+            return
         # The first call of a thread, such as waiting for an event, else makes a context on device 0, whoever owns that.
         # It costs next to nothing where the device is the thread's already.
         torch.cuda.set_device(self.torch_device)

@@ -8,6 +8,7 @@ import mmap
 import os
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from gpudcp import cudadriver
 from gpudcp.executors import devicememory
 from gpudcp.executors.devices import CudaDevice
 from gpudcp.executors.slabs import HostSlab
+from gpudcp.workers import Workers
 
 SECOND = torch.device("cuda", 1)
 
@@ -177,6 +179,29 @@ def test_a_thread_is_bound_to_its_device(driver: Driver, monkeypatch: pytest.Mon
     CudaDevice(SECOND).bind_thread()
     assert bound == [SECOND]
     assert driver.capture_mode == 2
+
+
+def test_a_thread_that_does_a_job_for_want_of_others_keeps_its_device(
+    driver: Driver, current: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training's, maybe: bound for the job, also one that fails; then its device and capture mode are its own again."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    def job() -> None:
+        CudaDevice(SECOND).bind_thread()
+        seen.append((current[-1], driver.capture_mode))
+        raise ValueError("mine")
+
+    seen: list[tuple[torch.device, int]] = []
+    bound: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    driver.capture_mode = 1
+    with Workers(1, "some") as workers:
+        assert isinstance(workers.submit(job).exception(), ValueError)
+        assert (seen, current, driver.capture_mode, bound) == ([(SECOND, 2)], [], 1, [])
 
 
 def test_calls_of_the_driver_leave_the_threads_capture_mode_as_it_was(driver: Driver) -> None:

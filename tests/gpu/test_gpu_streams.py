@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from gpu_cases import DEVICE
 from gpu_states import EXECUTOR, blank, differences, load, save
+
+from gpudcp.cudadriver import driver
 
 pytestmark = pytest.mark.gpu
 
@@ -121,3 +124,25 @@ def test_memory_freed_after_a_save_is_reused_without_harm(tmp_path: Path) -> Non
         place = {"tensor": torch.zeros(1 << 23, device=DEVICE)}
         load(place, tmp_path / str(turn), **SMALL_SLABS)
         assert bool((place["tensor"] == turn).all())
+
+
+def test_without_threads_the_callers_keeps_its_device_and_its_capture_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does the writing and reading itself, bound to the device of the tensors for just so long."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    other = torch.cuda.device_count() - 1
+    state = {"tensor": torch.randn(1 << 20, device=DEVICE)}
+    loaded = blank(state)
+    with torch.cuda.device(other), monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        save(state, tmp_path, **SMALL_SLABS)
+        load(loaded, tmp_path, **SMALL_SLABS)
+        assert torch.cuda.current_device() == other
+    mode = ctypes.c_int(0)  # CU_STREAM_CAPTURE_MODE_GLOBAL
+    driver().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    assert mode.value == 0
+    assert differences(state, loaded) == []

@@ -238,8 +238,8 @@ def _copy_into(copied: torch.Tensor, source: torch.Tensor) -> None:
     elif copied.device == source.device or (source.is_contiguous() and not (source.is_conj() or source.is_neg())):
         copied.copy_(source, non_blocking=True)
     else:
-        # To the host torch moves bytes, and those at once. It would first make them contiguous in device memory, all of
-        # them; and conjugate or negate them on the host before they have come. Here the device does both, by parts.
+        # To the host torch moves bytes. It would first make all of them contiguous in device memory, and conjugate or
+        # negate them on the host before they have come (pytorch issue 146286). Here the device does both, by parts.
         for piece, piece_of_source in in_pieces(copied, source):
             piece.copy_(piece_of_source.clone(memory_format=torch.contiguous_format), non_blocking=True)
 

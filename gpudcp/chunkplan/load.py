@@ -87,6 +87,20 @@ class SlabRead(NamedTuple):
     """A single gapless chunk: an executor may read it straight into a contiguous destination of the same dtype."""
     segments: tuple[Segment, ...] = ()
 
+    def in_blocks(self, *, block_nbytes: int, file_nbytes: int) -> SlabRead:
+        """The same read from the beginning of a block to the end of one, or of the file.
+
+        Up to one block longer than the slabs of the plan, where those are whole blocks.
+        """
+        end = self.byte_offset + self.nbytes
+        before = self.byte_offset % block_nbytes
+        after = max(0, min(-end % block_nbytes, file_nbytes - end))
+        if not before and not after:
+            return self
+        start, nbytes = self.byte_offset - before, before + self.nbytes + after
+        segments = tuple([Segment(check, before + at, length) for check, at, length in self.segments])
+        return SlabRead(self.path, start, nbytes, self.chunks, False, segments)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadChunkPlan:

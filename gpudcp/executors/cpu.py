@@ -26,6 +26,7 @@ from gpudcp.executors.verifying import Checksums
 from gpudcp.files.base import FileReader, FileWriter
 from gpudcp.formats import checksum
 from gpudcp.formats.checksum import crc32
+from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
 from gpudcp.workers import Workers
 
@@ -91,7 +92,9 @@ class CpuExecutor:
     ) -> None:
         destinations = Destinations(plan, target)
         checksums = Checksums(plan.checks)
-        slabs = [HostSlab(plan.slab_nbytes) for _ in range(min(self._lanes, len(plan.reads)))]
+        # With room for reads of whole blocks.
+        slab_nbytes = plan.slab_nbytes + SLAB_ALIGNMENT_NBYTES
+        slabs = [HostSlab(slab_nbytes) for _ in range(min(self._lanes, len(plan.reads)))]
         in_flight: deque[_ReadInFlight] = deque()
         with Workers(self._threads, "gpudcp-read") as pool:
 
@@ -113,7 +116,7 @@ class CpuExecutor:
                         finish_oldest()
                     with stopwatch.phase("resolve"):
                         address = destinations.straight_address(read) if read.is_straight else None
-                    slab = None
+                    slab, file = None, open_file(read.path)
                     if address is not None:
                         # Destinations may share memory, as tied weights do: the read that comes last is to win.
                         while any(earlier.reaches(address, read.nbytes, destinations) for earlier in in_flight):
@@ -121,8 +124,9 @@ class CpuExecutor:
                         into = memory_at(address, read.nbytes)
                     else:
                         slab = slabs.pop()
+                        read = read.in_blocks(block_nbytes=file.alignment_nbytes, file_nbytes=file.nbytes)
                         into = slab.view[: read.nbytes]
-                    future = pool.submit(_read_and_checksum, open_file(read.path), read, into)
+                    future = pool.submit(_read_and_checksum, file, read, into)
                     in_flight.append(_ReadInFlight(read, slab, future))
                 while in_flight:
                     finish_oldest()

@@ -19,7 +19,6 @@ from gpudcp.executors.unpacking import Destinations, unpack_host
 from gpudcp.executors.verifying import Checksums
 from gpudcp.files.base import DeviceFileReader, FileReader
 from gpudcp.formats.checksum import crc32
-from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
 from gpudcp.workers import Workers
 
@@ -74,9 +73,10 @@ class DeviceLoad:
             free = self._free[owner]
             while not free:
                 self._settle() if self._unpacking else self._unpack()
-            lane = free.pop()
-            lane.future = pool.submit(_read, open_file(read.path), read, lane)
-            self._reading.append(_Step(read, lane))
+            lane, file = free.pop(), open_file(read.path)
+            blocks = read.in_blocks(block_nbytes=file.alignment_nbytes, file_nbytes=file.nbytes)
+            lane.future = pool.submit(_read, file, blocks, lane)
+            self._reading.append(_Step(blocks, lane))
             while self._reading and (future := self._reading[0].lane.future) is not None and future.done():
                 self._unpack()
         while self._reading:
@@ -91,7 +91,7 @@ class DeviceLoad:
         read, lane, *_ = self._reading.popleft()
         device = lane.device.torch_device
         with self._stopwatch.phase("read"):
-            first_byte = lane.wait()
+            is_in_device_slab = lane.wait()
         with self._stopwatch.phase("unpack"):
             chunks = [chunk for chunk in read.chunks if chunk.position != NO_DESTINATION]
             pairs = [(chunk, self._destinations.box(chunk)) for chunk in chunks]
@@ -99,7 +99,7 @@ class DeviceLoad:
             # Those of another device too: by the host's casts, and in pieces of a slab, as on the cpu executor.
             on_host = [pair for pair in pairs if not lane.device.owns(pair[1])]
             elsewhere = self._reached_by(on_host, but=device)
-            if first_byte is None and not on_device:
+            if not is_in_device_slab and not on_device:
                 crcs = [crc32(lane.host.view[s.slab_offset : s.slab_offset + s.nbytes]) for s in read.segments]
                 found = torch.tensor(crcs, dtype=torch.int64, device="cpu")
                 self._unpacking.append(_Step(read, lane, on_host, elsewhere, found))
@@ -111,17 +111,13 @@ class DeviceLoad:
             if (unpacked := self._unpacked.get(device)) is not None:
                 lane.stream.wait_for(unpacked)
             with lane.stream.current():
-                if first_byte is None:
-                    lane.slab(read.nbytes).copy_(lane.host.tensor[: read.nbytes], non_blocking=True)
+                slab, host = lane.slab(read.nbytes), lane.host.tensor[: read.nbytes]
+                if not is_in_device_slab:
+                    slab.copy_(host, non_blocking=True)
                 elif on_host:
-                    lane.host.tensor[: read.nbytes].copy_(
-                        lane.slab(first_byte + read.nbytes)[first_byte:], non_blocking=True
-                    )
-                at = first_byte or 0
-                crcs_on_host = lane.device.on_host(
-                    checksum_segments(lane, read, first_byte=at, stopwatch=self._stopwatch)
-                )
-                unpack(lane, read, on_device, first_byte=at, stopwatch=self._stopwatch)
+                    host.copy_(slab, non_blocking=True)
+                crcs_on_host = lane.device.on_host(checksum_segments(lane, read, stopwatch=self._stopwatch))
+                unpack(lane, read, on_device, stopwatch=self._stopwatch)
                 lane.event = self._unpacked[device] = lane.stream.record()
             self._unpacking.append(_Step(read, lane, on_host, elsewhere, crcs_on_host))
 
@@ -184,6 +180,7 @@ _Pair = tuple[ChunkRead, torch.Tensor]
 
 class _Step(NamedTuple):
     read: SlabRead
+    """By whole blocks, where the file is read by them."""
     lane: Lane
     on_host: Sequence[_Pair] = ()
     """What the host unpacks, from the host slab."""
@@ -193,16 +190,15 @@ class _Step(NamedTuple):
     """Of the read's segments, when the lane's work has ended."""
 
 
-def _read(file: FileReader, read: SlabRead, lane: Lane) -> int | None:
-    """Fill the lane's host slab (None) or, where the file can, its device slab: from which of its bytes on."""
+def _read(file: FileReader, read: SlabRead, lane: Lane) -> bool:
+    """Fill the lane's device slab, where the file can (True), or its host slab."""
     if not isinstance(file, DeviceFileReader):
         file.read(lane.host.view[: read.nbytes], read.byte_offset)
-        return None
+        return False
     # Into the slab also where the read and its destination are aligned alike (`SlabRead.is_straight`). A destination is
     # never registered, so cuFile would move its bytes through buffers of its own: a copy on the device either way (only
     # compat mode would save one), and that should be far faster than any file. Memory of expandable segments would need
     # a trial of its own, tied destinations would have to take turns, and none of it has run on a GPU yet.
-    first_byte = read.byte_offset % SLAB_ALIGNMENT_NBYTES
     lane.device.bind_thread()
-    file.read_device(lane.slab(first_byte + read.nbytes), read.byte_offset - first_byte)
-    return first_byte
+    file.read_device(lane.slab(read.nbytes), read.byte_offset)
+    return True

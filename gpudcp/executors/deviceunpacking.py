@@ -23,20 +23,20 @@ from gpudcp.report import Stopwatch
 _Pair = tuple[ChunkRead, torch.Tensor]
 
 
-def checksum_segments(lane: Lane, read: SlabRead, *, first_byte: int, stopwatch: Stopwatch) -> torch.Tensor:
-    """CRC-32 of each segment of a read that lies in the device slab from ``first_byte`` on; on the current stream."""
+def checksum_segments(lane: Lane, read: SlabRead, *, stopwatch: Stopwatch) -> torch.Tensor:
+    """CRC-32 of each segment of a read that lies in the device slab; on the current stream."""
     columns = np.array([segment[1:] for segment in read.segments], dtype=np.int64).reshape(-1, 2)
-    byte_offsets, nbytes = columns[:, 0] + MARGIN_NBYTES + first_byte, np.ascontiguousarray(columns[:, 1])
+    byte_offsets, nbytes = columns[:, 0] + MARGIN_NBYTES, np.ascontiguousarray(columns[:, 1])
     with first_launch_apart(stopwatch, lane.device.torch_device, *checksumming(nbytes)):
         return crc32_ranges(lane.memory, byte_offsets, nbytes)
 
 
-def unpack(lane: Lane, read: SlabRead, pairs: Sequence[_Pair], *, first_byte: int, stopwatch: Stopwatch) -> None:
+def unpack(lane: Lane, read: SlabRead, pairs: Sequence[_Pair], *, stopwatch: Stopwatch) -> None:
     """Unpack chunks of a read into their boxes of destinations on the lane's device, on the current stream.
 
     Destinations that share memory, as tied weights do, are filled one after the other: the last one wins.
     """
-    base = MARGIN_NBYTES + first_byte - read.byte_offset
+    base = MARGIN_NBYTES - read.byte_offset
     for run in in_turns([box for _, box in pairs]):
         _unpack_by_kernel(lane, [pair for pair in pairs[run] if _is_for_kernel(*pair)], base, stopwatch)
         for chunk, box in pairs[run]:

@@ -21,8 +21,8 @@ from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 _logger = logging.getLogger("gpudcp")
 
 MARGIN_NBYTES = SLAB_ALIGNMENT_NBYTES
-"""Before and after a device slab's own bytes: CRC patches and reads of whole blocks may begin before them or end after
-them, and kernels read some bytes more than they use."""
+"""Before and after a device slab's own bytes: CRC patches may begin before them or end after them, reads of whole
+blocks may be a block longer, and kernels read some bytes more than they use."""
 SPARE_NBYTES = 32 << 20
 """What taking lanes leaves free on the device: kernels' code, tables and checksums are allocated later."""
 LEAST_SLAB_NBYTES = 1 << 20
@@ -38,6 +38,7 @@ class Lane:
         self.memory = device.new_slab(_with_margins(slab_nbytes))
         """The device slab, from `MARGIN_NBYTES` on, and its margins."""
         self.host = device.new_host_slab(slab_nbytes + MARGIN_NBYTES)
+        """The host slab, and room for reads of whole blocks."""
         self.stream = device.new_stream()
         self.event: Event | None = None
         """The end of the device's last work with this lane."""
@@ -84,7 +85,7 @@ class Lane:
 
 
 def _with_margins(slab_nbytes: int) -> int:
-    """One margin before the slab, one for reads that begin within a block, one for what kernels read beyond the end."""
+    """One margin before the slab, one for reads of whole blocks, one for what kernels read beyond the end."""
     return slab_nbytes + 3 * MARGIN_NBYTES
 
 

@@ -49,6 +49,8 @@ class FileReader(Protocol):
 
     path: str
     nbytes: int
+    alignment_nbytes: int
+    """1: reads of every alignment are alike. 4096: those of whole blocks, to an address on a block, are faster."""
 
     def read(self, into: memoryview, byte_offset: int) -> None:
         """Fill all of ``into`` from ``byte_offset``, or raise TransferError."""
@@ -65,6 +67,6 @@ class DeviceFileReader(FileReader, Protocol):
     def read_device(self, into: torch.Tensor, byte_offset: int) -> None:
         """Fill a contiguous uint8 tensor from ``byte_offset``, or raise TransferError. On return the bytes are there.
 
-        Address and offset are multiples of 4096. A length that is not is right, where what is wanted ends there, and
-        takes a second, smaller read. Nothing queued on the device may still be using the tensor's memory.
+        Address and offset are multiples of 4096. A length that is not is right where the file ends there, and takes a
+        second, smaller read. Nothing queued on the device may still be using the tensor's memory.
         """

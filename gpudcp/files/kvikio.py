@@ -75,6 +75,8 @@ class KvikioReader:
     ``file`` is the file, if it is open already; it is closed with this one.
     """
 
+    alignment_nbytes = SLAB_ALIGNMENT_NBYTES
+
     def __init__(self, path: str, *, file: PosixReader | None = None) -> None:
         self.path = path
         self._file = file or PosixReader(path)

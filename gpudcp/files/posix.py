@@ -109,6 +109,7 @@ class PosixReader:
 
     def __init__(self, path: str, *, is_direct: bool = False) -> None:
         self.path = path
+        self.alignment_nbytes = 1
         self._direct_fd: int | None = None
         try:
             self._fd = open_regular(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -140,6 +141,7 @@ class PosixReader:
             raise _transfer_error(
                 self.path, "cannot be opened with O_DIRECT", err, byte_offset=0, expected=None, moved=None
             ) from err
+        self.alignment_nbytes = SLAB_ALIGNMENT_NBYTES
         self.close.detach()
         self.close = weakref.finalize(self, _close, self._fd, self._direct_fd)
 

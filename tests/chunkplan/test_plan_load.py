@@ -23,6 +23,7 @@ from gpudcp.chunkplan.load import (
     LoadChunkPlan,
     PayloadCheck,
     ReadRequest,
+    Segment,
     SlabRead,
     plan_load,
     whole_payload_request,
@@ -425,6 +426,36 @@ def test_a_read_longer_than_a_slab_is_no_plan() -> None:
     LoadChunkPlan(reads=(read,), empty_positions=(), checks=(), slab_nbytes=100)
     with pytest.raises(PlanError, match=r"^some path: a read of 100 bytes at 7, a slab has 99$"):
         LoadChunkPlan(reads=(read,), empty_positions=(), checks=(), slab_nbytes=99)
+
+
+@given(
+    start=st.integers(0, 5000),
+    nbytes=st.integers(1, 9000),
+    beyond=st.integers(-3, 5000),
+    block=st.sampled_from([1, 64, 4096]),
+)
+def test_a_read_in_blocks_is_the_same_read_up_to_a_block_longer_at_either_end(
+    start: int, nbytes: int, beyond: int, block: int
+) -> None:
+    """Its chunks are those of before, its segments the same bytes of the file; the file's end is never passed."""
+    end = start + nbytes
+    chunk = ChunkRead(0, start, nbytes, torch.uint8, (1,), (0,), (nbytes,), True)
+    segments = (Segment(0, 0, nbytes // 2), Segment(1, nbytes // 2, nbytes - nbytes // 2))
+    read = SlabRead("file", start, nbytes, (chunk,), True, segments)
+    found = read.in_blocks(block_nbytes=block, file_nbytes=end + beyond)
+    found_end = found.byte_offset + found.nbytes
+    assert 0 <= start - found.byte_offset < block
+    assert found.byte_offset % block == 0
+    if beyond >= 0:
+        assert found_end == min(-(-end // block) * block, end + beyond)
+    else:
+        assert found_end == end, "what the file lacks is asked for, and told of by whoever reads it"
+    assert (found.path, found.chunks) == (read.path, read.chunks)
+    assert [(s.check, found.byte_offset + s.slab_offset, s.nbytes) for s in found.segments] == [
+        (s.check, start + s.slab_offset, s.nbytes) for s in segments
+    ]
+    assert (found is read) == ((found.byte_offset, found_end) == (start, end))
+    assert found is read or not found.is_straight, "its bytes are not the chunk's alone"
 
 
 def test_a_plan_is_a_value() -> None:

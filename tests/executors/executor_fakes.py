@@ -121,6 +121,7 @@ class _RecordingReader:
     def __init__(self, files: Files, inner: FileReader) -> None:
         self._files, self._inner = files, inner
         self.path, self.close = inner.path, inner.close
+        self.nbytes, self.alignment_nbytes = inner.nbytes, inner.alignment_nbytes
 
     def read(self, into: memoryview, byte_offset: int) -> None:
         with self._files._recorded(Call("read", self.path, byte_offset, len(into), _address(into))):
@@ -191,8 +192,10 @@ class _MemoryWriter:
 
 
 class _MemoryReader:
+    alignment_nbytes = 1
+
     def __init__(self, path: str, data: bytes) -> None:
-        self.path = path
+        self.path, self.nbytes = path, len(data)
         self._data = data
         self.close: Callable[[], object] = lambda: None
 
@@ -229,8 +232,31 @@ class DeviceFiles(MemoryBackend):
             self.moved.append(Call("read", path, byte_offset, into.nbytes, into.data_ptr()))
             reader.read(memoryview(into.numpy()), byte_offset)
 
-        reader.nbytes = len(self.content(path))
+        reader.alignment_nbytes = 4096
         reader.read_device = read_device
+        return reader  # type: ignore[no-any-return]
+
+
+class BlockFiles(MemoryBackend):
+    """Files that are read by whole blocks, as past the page cache, and refuse every other read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[Call] = []
+
+    def open(self, path: str) -> FileReader:
+        reader: Any = super().open(path)
+        inner = reader.read
+
+        def read(into: memoryview, byte_offset: int) -> None:
+            end = byte_offset + len(into)
+            assert _address(into) % 4096 == byte_offset % 4096 == 0
+            assert end % 4096 == 0 or end >= reader.nbytes, f"bytes up to {end} of {reader.nbytes}"
+            self.moved.append(Call("read", path, byte_offset, len(into), _address(into)))
+            inner(into, byte_offset)
+
+        reader.alignment_nbytes = 4096
+        reader.read = read
         return reader  # type: ignore[no-any-return]
 
 
@@ -247,7 +273,7 @@ class PosixBackend:
         return PosixWriter(path, nbytes=file.nbytes, is_direct=self._is_direct, fsync=False)
 
     def open(self, path: str) -> FileReader:
-        return PosixReader(str(self._directory / path))
+        return PosixReader(str(self._directory / path), is_direct=self._is_direct)
 
     def put(self, path: str, data: bytes) -> None:
         (self._directory / path).write_bytes(data)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import threading
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
 import pytest
 import torch
 from executor_fakes import (
+    BlockFiles,
     Call,
     Entry,
     Files,
@@ -885,14 +886,14 @@ def layouts(draw: st.DrawFn) -> torch.Tensor:
         threads=st.integers(1, 3),
         slab_nbytes=st.sampled_from([4096, 8192, 12288]),
     ),
-    alignment_nbytes=st.sampled_from([1, 4096]),
+    make_backend=st.sampled_from([lambda: MemoryBackend(alignment_nbytes=1), MemoryBackend, BlockFiles]),
     data=st.data(),
 )
 def test_boxes_of_saved_tensors_load_as_they_were(
-    tensors: list[torch.Tensor], ring: Ring, alignment_nbytes: int, data: st.DataObject
+    tensors: list[torch.Tensor], ring: Ring, make_backend: Callable[[], MemoryBackend], data: st.DataObject
 ) -> None:
     """Any layouts in, any boxes out, into destinations of any strides: bit for bit, checksums included."""
-    files = Files(MemoryBackend(alignment_nbytes=alignment_nbytes))
+    files = Files(make_backend())
     check_save(ring, files, tensors)
     plan, _ = save_of(tensors, slab_nbytes=ring.slab_nbytes)
     requests, checks, expected, target = [], [], {}, Target({})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -15,6 +15,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from executor_fakes import (
     OUT_OF_MEMORY,
+    BlockFiles,
     DeviceFiles,
     Entry,
     Files,
@@ -153,11 +154,11 @@ def test_a_slab_of_host_memory_alone_is_never_on_the_device() -> None:
     saved_by(executor_of(Untouchable()), [placed(random_tensor(3000), is_on_device=False), b"object"], MemoryBackend())
 
 
-@pytest.mark.parametrize("has_device_files", [False, True])
-def test_host_and_device_destinations_share_a_read(has_device_files: bool) -> None:
+@pytest.mark.parametrize("make_backend", [MemoryBackend, BlockFiles, DeviceFiles])
+def test_host_and_device_destinations_share_a_read(make_backend: Callable[[], MemoryBackend]) -> None:
     """Each gets its bytes, cast or not, and each payload is checked."""
     entries = [random_tensor(n, dtype=torch.int32) for n in (100, 1500, 700, 5)]
-    backend = DeviceFiles() if has_device_files else MemoryBackend()
+    backend = make_backend()
     put_file(backend, entries)
     plan = load_plan_of(entries, slab_nbytes=8192)
     empty = [
@@ -339,11 +340,14 @@ def test_device_files_get_whole_blocks_of_device_memory_and_the_right_bytes() ->
         assert call.byte_offset % 4096 == call.nbytes % 4096 == call.address % 4096 == 0
 
 
+@pytest.mark.parametrize("make_backend", [BlockFiles, DeviceFiles])
 @pytest.mark.parametrize("before", [0, 1, 17, 4095])
-def test_a_read_as_long_as_a_slab_from_any_byte_of_a_device_file(before: int) -> None:
-    """Whole blocks are read, so the slab holds up to a block more than the read is long."""
+def test_a_read_as_long_as_a_slab_from_any_byte_of_a_file_that_is_read_by_blocks(
+    before: int, make_backend: Callable[[], BlockFiles | DeviceFiles]
+) -> None:
+    """The slab, on the host or on the device, holds up to a block more than the read is long."""
     data = random_tensor(2 * 8192, dtype=torch.uint8)
-    backend = DeviceFiles()
+    backend = make_backend()
     backend.put("file", bytes(before) + data.numpy().tobytes() + b"after")
     request = ReadRequest(0, "file", before, torch.uint8, (1,), 0, (0,), (data.numel(),))
     check = PayloadCheck("file", before, data.nbytes, crc32(memoryview(data.numpy())), "item")
@@ -410,10 +414,13 @@ def test_on_a_full_device_slabs_are_halved_and_the_file_is_the_same() -> None:
     assert executor.name == "interpret"
 
 
-def test_without_room_the_fallback_takes_over_and_a_report_can_say_so() -> None:
+@pytest.mark.parametrize("make_backend", [MemoryBackend, BlockFiles])
+def test_without_room_the_fallback_takes_over_and_a_report_can_say_so(
+    make_backend: Callable[[], MemoryBackend],
+) -> None:
     """For a save and for a load: same bytes, and the names of who did it."""
     entries = [random_tensor(3000), random_tensor(10)]
-    backend = MemoryBackend()
+    backend = make_backend()
     executor = executor_of(FullDevice(0))
     saved_by(executor, entries, backend)
     assert (executor.name, executor.checksum) == ("cpu", CpuExecutor.checksum)

@@ -395,10 +395,12 @@ def test_waiting_gives_what_the_io_did_and_lets_go() -> None:
         assert lane.wait() is None
 
 
-def test_a_slab_is_on_a_block_and_has_room_for_the_longest_read_from_within_a_block() -> None:
-    """And for what kernels read beyond its end."""
+def test_slabs_are_on_blocks_and_have_room_for_the_longest_read_of_whole_blocks() -> None:
+    """And the one on the device for what kernels read beyond its end."""
     lane = Lane(InterpretedDevice(), 8192)
-    longest = lane.slab(MARGIN_NBYTES - 1 + 8192)
+    longest = lane.slab(MARGIN_NBYTES + 8192)
     assert longest.data_ptr() % 4096 == 0
     after = lane.memory.data_ptr() + lane.memory.nbytes - longest.data_ptr() - longest.nbytes
     assert after >= MARGIN_NBYTES >= SLAB_PADDING_NBYTES
+    assert lane.host.address % 4096 == 0
+    assert lane.host.nbytes >= MARGIN_NBYTES + 8192

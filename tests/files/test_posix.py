@@ -469,6 +469,8 @@ def test_a_direct_reader_closes_both_its_descriptors(path: Path) -> None:
     """By a call, or as garbage; the name may be gone before."""
     reader = direct_reader(path)
     assert open_paths(path) == [str(path)] * 2
+    assert reader.alignment_nbytes == 4096
+    assert PosixReader(str(path)).alignment_nbytes == 1
     reader.close()
     assert open_paths(path) == []
     reader = direct_reader(path)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import resource
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from storage_cases import is_same, load, state_of
 
 import gpudcp
@@ -22,6 +24,8 @@ from gpudcp.storage.openfiles import OpenFiles
 
 class ByKvikio:
     """A file that device memory can be read from; counts the bytes."""
+
+    alignment_nbytes = 4096
 
     def __init__(self, file: PosixReader) -> None:
         self.path, self.nbytes, self.read, self.close = file.path, file.nbytes, file.read, file.close
@@ -103,6 +107,43 @@ def test_whole_blocks_of_an_open_file_go_past_the_page_cache(tmp_path: Path) -> 
     assert data == (bytes(range(256)) * 33)[1:]
     files.close()
     assert not file.close.alive
+
+
+@pytest.mark.parametrize("is_stock", [False, True])
+def test_a_load_past_the_page_cache_leaves_it_the_end_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_stock: bool
+) -> None:
+    """Whatever byte a payload begins at, as in stock's files; small reads of envelopes and objects are not counted."""
+    if not supports_direct_io(str(tmp_path)):
+        pytest.skip(f"no O_DIRECT in {tmp_path}")
+    if is_stock:
+        dcp.save(state_of(1.0), storage_writer=dcp.FileSystemWriter(tmp_path), no_dist=True)
+    else:
+        gpudcp.save(state_of(1.0), tmp_path)
+    select, read = reader.select, PosixReader.read
+    reads: list[tuple[int, int, int]] = []
+    direct: list[int] = []
+
+    def counted(file: PosixReader, into: memoryview, byte_offset: int) -> None:
+        if threading.current_thread().name.startswith("gpudcp-read"):
+            reads.append((byte_offset, len(into), file.nbytes))
+        read(file, into, byte_offset)
+
+    def directly(*args: Any) -> int:
+        moved = inner(*args)
+        if threading.current_thread().name.startswith("gpudcp-read"):
+            direct.append(moved)
+        return moved
+
+    inner = PosixReader._read_directly
+    monkeypatch.setattr(PosixReader, "read", counted)
+    monkeypatch.setattr(PosixReader, "_read_directly", directly)
+    monkeypatch.setattr(reader, "select", lambda *args, **kwargs: select(*args, **kwargs)._replace(way="direct"))
+    assert is_same(load(tmp_path, executor="interpret", slab_nbytes=65536, lanes=2), state_of(1.0))
+    assert len(reads) > 1
+    assert [offset % 4096 for offset, _, _ in reads] == [0] * len(reads)
+    ends = [nbytes % 4096 for offset, nbytes, file_nbytes in reads if offset + nbytes == file_nbytes]
+    assert sum(direct) == sum(nbytes for _, nbytes, _ in reads) - sum(ends)
 
 
 def test_files_for_which_there_are_no_descriptors_left_are_read_as_before(

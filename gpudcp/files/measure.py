@@ -9,10 +9,11 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from concurrent.futures import as_completed
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ from gpudcp.files.kvikio import KvikioReader, KvikioWriter, compat_mode_forced, 
 from gpudcp.files.posix import PosixReader, PosixWriter
 from gpudcp.files.trial import TRIAL_NBYTES, try_device_io
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
+from gpudcp.workers import Workers
 
 THREADS = (1, 2, 4, 8)
 REQUESTS_NBYTES = (1 << 20, 4 << 20, 16 << 20)
@@ -233,32 +235,22 @@ def _measure_one(directory: str, way: _Way, *, nbytes: int, threads: int, reques
     seconds: dict[Direction, float] = {}
     with ExitStack() as stack:
         stack.enter_context(way.mode())
-        pool = stack.enter_context(ThreadPoolExecutor(threads, "gpudcp-tune"))
         slots: list[_Slot] = []
         for _ in range(min(threads, len(requests))):
             slots.append(way.make_slot(request_nbytes))
             stack.callback(slots[-1].close)
         path = stack.enter_context(_scratch_path(directory))
-
-        def run(move: Callable[[_Slot, int], None]) -> None:
-            def share(number: int) -> None:
-                for byte_offset in requests[number :: len(slots)]:
-                    move(slots[number], byte_offset)
-
-            for done in [pool.submit(share, number) for number in range(len(slots))]:
-                done.result()
-
         start = time.perf_counter()
-        with way.open_writer(path, moved_nbytes) as writer:
-            run(lambda slot, byte_offset: slot.write(writer, byte_offset))
+        # Threads within the file's context: none is left when its descriptor is closed, and may be anybody's.
+        with way.open_writer(path, moved_nbytes) as writer, Workers(len(slots), "gpudcp-tune") as pool:
+            _move_all(pool, slots, requests, lambda slot, byte_offset: slot.write(writer, byte_offset))
             writer.finish(moved_nbytes)
         seconds["write"] = time.perf_counter() - start
         _leave_page_cache(path)
         start = time.perf_counter()
-        reader = way.open_reader(path)
-        stack.callback(reader.close)
-        run(lambda slot, byte_offset: slot.read(reader, byte_offset))
-        seconds["read"] = time.perf_counter() - start
+        with closing(way.open_reader(path)) as reader, Workers(len(slots), "gpudcp-tune") as pool:
+            _move_all(pool, slots, requests, lambda slot, byte_offset: slot.read(reader, byte_offset))
+            seconds["read"] = time.perf_counter() - start
     for direction, taken in seconds.items():
         yield Figure(
             direction=direction,
@@ -268,6 +260,29 @@ def _measure_one(directory: str, way: _Way, *, nbytes: int, threads: int, reques
             gb_per_s=moved_nbytes / taken / 1e9,
             ntransfers=1,
         )
+
+
+def _move_all(
+    pool: Workers, slots: Sequence[_Slot], requests: Sequence[int], move: Callable[[_Slot, int], None]
+) -> None:
+    """Each slot's share of the requests in a thread of its own. Raises the first error; the others then soon stop."""
+    is_over = threading.Event()
+
+    def share(number: int) -> None:
+        for byte_offset in requests[number :: len(slots)]:
+            if is_over.is_set():
+                return
+            try:
+                move(slots[number], byte_offset)
+            except BaseException:
+                is_over.set()
+                raise
+
+    try:
+        for done in as_completed([pool.submit(share, number) for number in range(len(slots))]):
+            done.result()
+    finally:
+        is_over.set()
 
 
 @contextmanager

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
@@ -18,6 +21,7 @@ from gpudcp.files import measure as module
 from gpudcp.files import trial
 from gpudcp.files.figures import Way
 from gpudcp.files.filesystems import supports_direct_io
+from gpudcp.files.kvikio import KvikioReader, KvikioWriter, deregister
 from gpudcp.files.measure import Measurements, measure, settings
 from gpudcp.files.posix import PosixReader, PosixWriter
 
@@ -167,6 +171,88 @@ def test_too_little_room_is_found_before_the_first_byte(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="No such file"):
         measured(tmp_path / "gone")
     assert os.listdir(tmp_path) == []
+
+
+class OneFails:
+    """Stands for a system call: the one for byte 0 fails while another one runs, which then takes its time."""
+
+    def __init__(self, real: Callable[..., int], close: Callable[[int], None]) -> None:
+        self.real, self.real_close = real, close
+        self.others: list[bool] = []
+        """Of every other call, whether the descriptor was closed while it ran."""
+        self._has_other, self._is_closed = threading.Event(), threading.Event()
+        self._fd = -1
+
+    def __call__(self, fd: int, data: Any, byte_offset: int) -> int:
+        self._fd = fd
+        if byte_offset == 0:
+            assert self._has_other.wait(20)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._has_other.set()
+        self.others.append(self._is_closed.wait(0.2))
+        return 0 if self.others[-1] else self.real(fd, data, byte_offset)
+
+    def close(self, fd: int) -> None:
+        self.real_close(fd)
+        if fd == self._fd:
+            self._is_closed.set()
+
+
+@pytest.mark.parametrize("name", ["pwrite", "preadv"])
+def test_a_file_is_not_closed_while_other_threads_still_move_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Else they would write to whatever file has the descriptor's number next. They stop after the request in hand."""
+    call = OneFails(getattr(os, name), os.close)
+    monkeypatch.setattr(module, "supports_direct_io", lambda _: False)
+    monkeypatch.setattr(module, "opens_named_file_directly", lambda _: False)
+    monkeypatch.setattr(os, name, call)
+    monkeypatch.setattr(os, "close", call.close)
+    with pytest.raises(TransferError, match=os.strerror(errno.ENOSPC)):
+        measure(
+            str(tmp_path),
+            torch.device("cpu"),
+            nbytes=64 << 12,
+            threads=(2,),
+            requests_nbytes=(4096,),
+            allocate=unavailable,
+        )
+    assert call.others == [False], "of 32 requests of the other thread"
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("name", ["write_device", "read_device"])
+def test_memory_is_let_go_of_when_no_thread_moves_it_any_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """cuFile must not lose a registration in mid-transfer, nor KvikIO a handle."""
+    log: list[str] = []
+    has_other, has_failed = threading.Event(), threading.Event()
+
+    def move(_self: object, _tensor: torch.Tensor, byte_offset: int) -> None:
+        if byte_offset == 0:
+            assert has_other.wait(20)
+            has_failed.set()
+            raise TransferError("no", path="no")
+        has_other.set()
+        assert has_failed.wait(20)
+        time.sleep(0.2)
+        log.append("moved")
+
+    kind = KvikioWriter if name == "write_device" else KvikioReader
+    monkeypatch.setattr(kind, name, move)
+    monkeypatch.setattr(module, "deregister", lambda memory: (log.append("let go"), deregister(memory)))
+    with pytest.raises(TransferError, match="no"):
+        measure(
+            str(tmp_path),
+            CUDA,
+            nbytes=2 << 12,
+            threads=(2,),
+            requests_nbytes=(4096,),
+            allocate=lambda n, _: block_aligned(n),
+        )
+    assert log == ["moved", "let go", "let go"]
 
 
 def test_a_transfer_that_fails_ends_the_measurement_and_leaves_no_file(

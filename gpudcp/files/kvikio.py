@@ -38,7 +38,8 @@ class KvikioWriter:
 
     def __init__(self, path: str, *, nbytes: int, is_direct: bool, fsync: bool) -> None:
         self.path = path
-        self._file = PosixWriter(path, nbytes=nbytes, is_direct=is_direct, fsync=fsync)
+        # cuFile writes directly, and so does compat mode where it can.
+        self._file = PosixWriter(path, nbytes=nbytes, is_direct=is_direct, fsync=fsync, is_reserved=True)
         try:
             self._handle = open_handle(self._file.fileno(), path, "r+")
         except BaseException:

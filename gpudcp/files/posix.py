@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import weakref
 from contextlib import suppress
@@ -18,9 +19,10 @@ class PosixWriter:
     """A new file, which must not exist yet; leaving its context without `finish` removes it.
 
     With ``is_direct`` every write is whole blocks of 4096 bytes, the last one padded; `finish` cuts the padding off.
+    Room for ``nbytes`` is made at once for direct writes, and with ``is_reserved``, for those that others make.
     """
 
-    def __init__(self, path: str, *, nbytes: int, is_direct: bool, fsync: bool) -> None:
+    def __init__(self, path: str, *, nbytes: int, is_direct: bool, fsync: bool, is_reserved: bool = False) -> None:
         self.path = path
         self.is_direct = is_direct
         self.alignment_nbytes = SLAB_ALIGNMENT_NBYTES if is_direct else 1
@@ -33,18 +35,28 @@ class PosixWriter:
             raise
         except OSError as err:
             raise _transfer_error(path, "cannot be created", err, byte_offset=0, expected=nbytes, moved=0) from err
-        if is_direct:
-            self._reserve(nbytes)
+        try:
+            if is_direct or is_reserved:
+                self._reserve(nbytes)
+        except BaseException:
+            self._remove()
+            raise
 
     def _reserve(self, nbytes: int) -> None:
-        # Blocks allocated at once keep direct writes of large extents from waiting for the journal; a full disk is
-        # found before the first byte. Where a file system cannot do it, nothing is lost.
+        # Direct writes that make a file longer wait for one another, and for the journal: blocks allocated at once, and
+        # the length with them, spare them that; and a full disk is found before the first byte. Where a file system
+        # cannot do it, nothing is lost.
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
         try:
+            # Where the kernel cannot, glibc writes a byte into every block itself, but not to a descriptor that
+            # appends (glibc's bug 15661). NFS has none that both appends and is direct.
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags & ~os.O_DIRECT | os.O_APPEND)
             os.posix_fallocate(self._fd, 0, max(nbytes, 1))
         except OSError as err:
             if err.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS, errno.EBADF):
-                self._remove()
                 raise _transfer_error(self.path, "no room", err, byte_offset=0, expected=nbytes, moved=0) from err
+        finally:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags)
 
     def fileno(self) -> int:
         """The descriptor, for those who reach the same file in another way."""

@@ -5,6 +5,7 @@ Against a kvikio that records; test_kvikio_real.py runs the same module over the
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import sys
@@ -101,6 +102,33 @@ def test_the_handle_is_closed_before_the_file_gets_its_length_and_is_synced(
     with writer_of(tmp_path / "file", fsync=True) as writer:
         writer.finish(0)
     assert package.calls == ["open r+", "close", "ftruncate", "fsync"]
+
+
+@pytest.mark.usefixtures("package")
+def test_a_file_has_its_blocks_before_the_first_byte_and_ends_where_it_should(tmp_path: Path) -> None:
+    """Whatever host memory does: cuFile writes directly, and direct writes that make a file longer wait in turn."""
+    path = tmp_path / "file"
+    with writer_of(path) as writer:
+        assert path.stat().st_size == len(CONTENT)
+        writer.write_device(filled(CONTENT), 0)
+        writer.finish(len(CONTENT) - 5)
+    assert path.read_bytes() == CONTENT[:-5]
+
+
+def test_a_disk_without_room_is_found_before_kvikio_opens_the_file(
+    tmp_path: Path, package: FakeKvikio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no file is left."""
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(TransferError, match="no room") as caught:
+        writer_of(tmp_path / "file")
+    assert caught.value.errno == errno.ENOSPC
+    assert package.calls == []
+    assert os.listdir(tmp_path) == open_paths(tmp_path) == []
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("given up"), KeyboardInterrupt()], ids=repr)

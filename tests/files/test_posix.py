@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import mmap
 import os
 import pickle
@@ -267,6 +268,46 @@ def test_a_file_system_that_reserves_no_blocks_is_written_all_the_same(
         writer.write(page_aligned(CONTENT), 0)
         writer.finish(NBYTES)
     assert (tmp_path / "file").read_bytes() == CONTENT
+
+
+def emulated(fd: int, byte_offset: int, nbytes: int) -> None:
+    """What glibc's posix_fallocate does where the kernel's fallocate cannot, and to a descriptor that is not direct."""
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_APPEND:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    for block in range(byte_offset, byte_offset + nbytes, 4096):
+        os.pwrite(fd, b"\0", block)
+
+
+def test_blocks_are_reserved_by_the_file_system_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C library would write a byte into each, and so every block twice. The descriptor is as it was, afterwards."""
+    path = tmp_path / "file"
+    with PosixWriter(str(path), nbytes=NBYTES, is_direct=False, fsync=False, is_reserved=True) as writer:
+        assert path.stat().st_size == NBYTES
+        writer.finish(NBYTES - 5)
+    assert path.stat().st_size == NBYTES - 5
+    path.unlink()
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    with PosixWriter(str(path), nbytes=NBYTES, is_direct=False, fsync=False, is_reserved=True) as writer:
+        assert path.stat().st_size == path.stat().st_blocks == 0
+        writer.write(memoryview(CONTENT)[4096:], 4096)
+        writer.write(memoryview(CONTENT)[:4096], 0)
+        writer.finish(NBYTES)
+    assert path.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=["full", "interrupt"])
+def test_a_file_whose_blocks_are_not_reserved_is_closed_and_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    """Whatever came in between; nobody has the writer yet."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    with pytest.raises(TransferError if isinstance(error, OSError) else KeyboardInterrupt):
+        PosixWriter(str(tmp_path / "file"), nbytes=NBYTES, is_direct=False, fsync=False, is_reserved=True)
+    assert os.listdir(tmp_path) == open_paths(tmp_path) == []
 
 
 @pytest.mark.parametrize("fsync", [True, False])

@@ -10,22 +10,32 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from gpudcp.cudadriver import new_stream
 from gpudcp.errors import PlanError, TransferError
 from gpudcp.files.posix import PosixReader, PosixWriter
+from gpudcp.files.settings import ProcessSetting
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 
 _registered: dict[int, torch.Tensor] = {}
 """Registered device memory by address. cuFile's own table is the process's, and so is this one."""
 
 _bound = threading.local()
+
+CompatMode = Literal["ON", "OFF"]
+"""ON: by POSIX calls, for measuring them. OFF: by cuFile or not at all. KvikIO else decides for each file."""
+
+_compat_mode = ProcessSetting(
+    "KvikIO's compat mode",
+    lambda: _defaults().get("compat_mode"),
+    lambda mode: _defaults().set("compat_mode", mode),
+)
+"""The default of the process, by which KvikIO opens files, and registers and deregisters memory or does nothing."""
 
 
 class KvikioWriter:
@@ -36,12 +46,14 @@ class KvikioWriter:
 
     alignment_nbytes = SLAB_ALIGNMENT_NBYTES
 
-    def __init__(self, path: str, *, nbytes: int, is_direct: bool, fsync: bool) -> None:
+    def __init__(
+        self, path: str, *, nbytes: int, is_direct: bool, fsync: bool, compat_mode: CompatMode | None = None
+    ) -> None:
         self.path = path
         # cuFile writes directly, and so does compat mode where it can.
         self._file = PosixWriter(path, nbytes=nbytes, is_direct=is_direct, fsync=fsync, is_reserved=True)
         try:
-            self._handle = open_handle(self._file.fileno(), path, "r+")
+            self._handle = open_handle(self._file.fileno(), path, "r+", compat_mode=compat_mode)
         except BaseException:
             self._file.__exit__(None, None, None)
             raise
@@ -78,11 +90,11 @@ class KvikioReader:
 
     alignment_nbytes = SLAB_ALIGNMENT_NBYTES
 
-    def __init__(self, path: str, *, file: PosixReader | None = None) -> None:
+    def __init__(self, path: str, *, file: PosixReader | None = None, compat_mode: CompatMode | None = None) -> None:
         self.path = path
         self._file = file or PosixReader(path)
         try:
-            self._handle = open_handle(self._file.fileno(), path, "r")
+            self._handle = open_handle(self._file.fileno(), path, "r", compat_mode=compat_mode)
         except BaseException:
             self._file.close()
             raise
@@ -116,7 +128,7 @@ def register(tensor: torch.Tensor) -> None:
     Never a tensor of the caching allocator: cuFile would pin the whole segment that it lies in. The tensor is kept
     alive until `deregister`.
     """
-    with _current(tensor.device):
+    with _current(tensor.device), _compat_mode.as_found():
         _kvikio().memory_register(_DeviceBytes(tensor.data_ptr(), tensor.nbytes))
     _registered[tensor.data_ptr()] = tensor
 
@@ -126,7 +138,7 @@ def deregister(tensor: torch.Tensor) -> None:
 
     After an error the tensor is kept alive for good: cuFile may still know its memory.
     """
-    with _current(tensor.device):
+    with _current(tensor.device), _compat_mode.as_found():  # KvikIO does nothing in compat mode, and does not say so
         _kvikio().memory_deregister(_DeviceBytes(tensor.data_ptr(), tensor.nbytes))
     del _registered[tensor.data_ptr()]
 
@@ -146,9 +158,10 @@ class CuFileFacts(NamedTuple):
 def cufile_facts() -> CuFileFacts:
     """What is in use; opens the cuFile driver unless KvikIO is in compat mode."""
     import kvikio.cufile_driver
-    import kvikio.defaults
 
-    if kvikio.defaults.is_compat_mode_preferred():
+    with _compat_mode.as_found():
+        is_compat_mode = _defaults().is_compat_mode_preferred()
+    if is_compat_mode:
         return CuFileFacts(True, False, False, 0)
     driver = kvikio.cufile_driver
     return CuFileFacts(
@@ -159,32 +172,18 @@ def cufile_facts() -> CuFileFacts:
     )
 
 
-@contextmanager
-def compat_mode_forced() -> Iterator[None]:
-    """KvikIO opens files in compat mode meanwhile, in the whole process: for measuring it beside GPUDirect Storage."""
-    import kvikio.defaults
-
-    with kvikio.defaults.set("compat_mode", kvikio.CompatMode.ON):
-        yield
-
-
-@contextmanager
-def compat_mode_refused() -> Iterator[None]:
-    """KvikIO opens files for cuFile or not at all meanwhile, in the whole process; else it decides for each file."""
-    import kvikio.defaults
-
-    with kvikio.defaults.set("compat_mode", kvikio.CompatMode.OFF):
-        yield
-
-
-def open_handle(fd: int, path: str, flags: str) -> Any:
+def open_handle(fd: int, path: str, flags: str, *, compat_mode: CompatMode | None = None) -> Any:
     """KvikIO's handle of a file that is open already, whatever has become of its name.
 
     Raises:
         TransferError: KvikIO cannot open it.
     """
+    kvikio = _kvikio()
+    # What a file is opened by is its own from then on, but KvikIO lets no one file be told of it.
+    mode = _compat_mode.kept() if compat_mode is None else _compat_mode.changed(getattr(kvikio.CompatMode, compat_mode))
     try:
-        return _kvikio().CuFile(f"/proc/self/fd/{fd}", flags)
+        with mode:
+            return kvikio.CuFile(f"/proc/self/fd/{fd}", flags)
     except (RuntimeError, OSError) as err:
         raise TransferError(f"{path}: KvikIO cannot open it: {err}", path=path) from err
 
@@ -287,3 +286,9 @@ def _kvikio() -> Any:
     import kvikio
 
     return kvikio
+
+
+def _defaults() -> Any:
+    import kvikio.defaults
+
+    return kvikio.defaults

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ from gpudcp.files.base import FileReader, FileWriter
 from gpudcp.files.figures import Direction, Figure, Way
 from gpudcp.files.filesystems import opens_named_file_directly, supports_direct_io
 from gpudcp.files.gds import unavailable_reason
-from gpudcp.files.kvikio import KvikioReader, KvikioWriter, compat_mode_forced, deregister, register
+from gpudcp.files.kvikio import CompatMode, KvikioReader, KvikioWriter, deregister, register
 from gpudcp.files.posix import PosixReader, PosixWriter
 from gpudcp.files.trial import TRIAL_NBYTES, try_device_io
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
@@ -95,8 +95,6 @@ class _Way:
     make_slot: Callable[[int], _Slot]
     open_writer: Callable[[str, int], FileWriter]
     open_reader: Callable[[str], FileReader]
-    mode: Callable[[], AbstractContextManager[None]]
-    """Entered while its files are opened and used."""
 
 
 class _HostSlot:
@@ -188,7 +186,6 @@ def _ways(directory: str, device: torch.device, allocate: _Allocate) -> tuple[li
                 make_slot=make_slot,
                 open_writer=lambda path, nbytes: PosixWriter(path, nbytes=nbytes, is_direct=is_direct, fsync=True),
                 open_reader=lambda path: PosixReader(path, is_direct=is_direct),
-                mode=nullcontext,
             )
         )
 
@@ -208,13 +205,14 @@ def _add_kvikio(
         missing["gds"] = missing["compat"] = why
         return
 
-    def way(name: Way, mode: Callable[[], AbstractContextManager[None]]) -> _Way:
+    def way(name: Way, compat_mode: CompatMode | None) -> _Way:
         return _Way(
             name=name,
             make_slot=lambda request_nbytes: _DeviceSlot(allocate(request_nbytes, device)),
-            open_writer=lambda path, nbytes: KvikioWriter(path, nbytes=nbytes, is_direct=False, fsync=True),
-            open_reader=KvikioReader,
-            mode=mode,
+            open_writer=lambda path, nbytes: KvikioWriter(
+                path, nbytes=nbytes, is_direct=False, fsync=True, compat_mode=compat_mode
+            ),
+            open_reader=lambda path: KvikioReader(path, compat_mode=compat_mode),
         )
 
     try:
@@ -223,10 +221,10 @@ def _add_kvikio(
         missing["gds"] = missing["compat"] = str(err)
         return
     if tried.is_gds:
-        found.append(way("gds", nullcontext))
+        found.append(way("gds", None))
     else:
         missing["gds"] = unavailable_reason("gds") or tried.reason
-    found.append(way("compat", compat_mode_forced))
+    found.append(way("compat", "ON"))
 
 
 def _measure_one(directory: str, way: _Way, *, nbytes: int, threads: int, request_nbytes: int) -> Iterator[Figure]:
@@ -234,7 +232,6 @@ def _measure_one(directory: str, way: _Way, *, nbytes: int, threads: int, reques
     moved_nbytes = len(requests) * request_nbytes
     seconds: dict[Direction, float] = {}
     with ExitStack() as stack:
-        stack.enter_context(way.mode())
         slots: list[_Slot] = []
         for _ in range(min(threads, len(requests))):
             slots.append(way.make_slot(request_nbytes))

@@ -21,7 +21,6 @@ from gpudcp.cudadriver import relax_stream_capture
 from gpudcp.errors import BackendUnavailableError, GpuDcpError, TransferError
 from gpudcp.files.filesystems import has_unnamed_files
 from gpudcp.files.kvikio import (
-    compat_mode_refused,
     copy_and_wait,
     cufile_facts,
     open_handle,
@@ -144,9 +143,7 @@ def _try_without_compat_mode(fd: int, path: str, tensor: torch.Tensor) -> None:
     Raises:
         TransferError: it does not.
     """
-    with compat_mode_refused():
-        handle = open_handle(fd, path, "r+")
-    with closing(handle):
+    with closing(open_handle(fd, path, "r+", compat_mode="OFF")) as handle:
         _write_and_read(handle, path, fd, tensor)
 
 

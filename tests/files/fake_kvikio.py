@@ -114,7 +114,12 @@ class FakeKvikio:
     def register(self, buf: Any) -> None:
         if not self.registers:
             raise RuntimeError("GPU memory pinning failed")
-        self.registered.append(_extent(buf))
+        if self.compat_mode != "ON":
+            self.registered.append(_extent(buf))
+
+    def deregister(self, buf: Any) -> None:
+        if self.compat_mode != "ON":
+            self.registered.remove(_extent(buf))
 
     @contextmanager
     def set_default(self, name: str, value: str) -> Iterator[None]:
@@ -129,7 +134,11 @@ class FakeKvikio:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Be the kvikio that `import` finds."""
         package = ModuleType("kvikio")
-        defaults = SimpleNamespace(is_compat_mode_preferred=lambda: self.is_compat, set=self.set_default)
+        defaults = SimpleNamespace(
+            is_compat_mode_preferred=lambda: self.is_compat or self.compat_mode == "ON",
+            get=lambda name: {"compat_mode": self.compat_mode}[name],
+            set=self.set_default,
+        )
         driver = SimpleNamespace(
             get=lambda name: {
                 "is_gds_available": self.is_nvidia_fs_loaded,
@@ -141,7 +150,7 @@ class FakeKvikio:
             "CuFile": lambda path, flags: FakeCuFile(self, path, flags),
             "CompatMode": SimpleNamespace(ON="ON", OFF="OFF"),
             "memory_register": self.register,
-            "memory_deregister": lambda buf: self.registered.remove(_extent(buf)),
+            "memory_deregister": self.deregister,
             "defaults": defaults,
             "cufile_driver": driver,
         }

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
+from typing import Any
 
+import kvikio
 import kvikio.defaults
 from fake_kvikio import block_aligned, filled
 
 from gpudcp.errors import TransferError
 from gpudcp.files import gds
-from gpudcp.files.kvikio import KvikioReader, KvikioWriter, compat_mode_forced, deregister, register
+from gpudcp.files.kvikio import KvikioReader, KvikioWriter, deregister, register
 from gpudcp.files.trial import TRIAL_NBYTES, try_device_io
 
 BLOCK = 4096
@@ -25,6 +28,25 @@ def error_of(reader: KvikioReader, nbytes: int, byte_offset: int) -> list[object
     except TransferError as err:
         return [err.path, err.byte_offset, err.expected_nbytes, "EOF" in str(err)]
     return []
+
+
+class SeenCuFile(kvikio.CuFile):
+    """A file that tells by which mode KvikIO opened it."""
+
+    def __init__(self, *args: Any) -> None:
+        self.compat_mode = kvikio.defaults.get("compat_mode").name
+        super().__init__(*args)
+
+
+def mode_of(path: str) -> str:
+    """By which mode KvikIO opens a file when its compat mode is asked for."""
+    kvikio.CuFile, found = SeenCuFile, kvikio.CuFile
+    try:
+        reader = KvikioReader(path, compat_mode="ON")
+        reader.close()
+        return str(reader._handle.compat_mode)
+    finally:
+        kvikio.CuFile = found
 
 
 def main(directory: str) -> dict[str, object]:
@@ -58,8 +80,8 @@ def main(directory: str) -> dict[str, object]:
     reader.close()
     found["is_closed"] = error_of(reader, BLOCK, 0) != []
     found["trial"] = list(try_device_io(directory, block_aligned(TRIAL_NBYTES)))
-    with compat_mode_forced():
-        found["forced"] = kvikio.defaults.get("compat_mode").name
+    with tempfile.NamedTemporaryFile(dir=directory) as named:
+        found["asked_for"] = mode_of(named.name)
     found["changed"] = [name for name in SETTINGS if str(kvikio.defaults.get(name)) != before[name]]
     found["reasons"] = [gds.unavailable_reason("gds"), gds.unavailable_reason("kvikio")]
     found["left"] = os.listdir(directory)

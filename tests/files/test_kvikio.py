@@ -12,6 +12,9 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -22,8 +25,9 @@ from hypothesis import strategies as st
 
 from gpudcp.errors import CheckpointNotFoundError, PlanError, TransferError
 from gpudcp.files import kvikio
+from gpudcp.files import settings as process_settings
 from gpudcp.files.base import DeviceFileReader, DeviceFileWriter
-from gpudcp.files.kvikio import KvikioReader, KvikioWriter, compat_mode_forced, deregister, register
+from gpudcp.files.kvikio import CompatMode, KvikioReader, KvikioWriter, cufile_facts, deregister, register
 from gpudcp.files.posix import PosixReader, PosixWriter
 from gpudcp.files.trial import try_device_io
 
@@ -389,8 +393,8 @@ def test_registered_memory_lives_until_it_is_deregistered() -> None:
     assert lives() is None
 
 
-def test_no_default_of_the_process_is_touched_but_where_compat_mode_is_measured(
-    tmp_path: Path, package: FakeKvikio
+def test_no_default_of_the_process_is_touched_but_for_opening_a_file_in_a_mode_that_was_asked_for(
+    tmp_path: Path, path: Path, package: FakeKvikio
 ) -> None:
     """And there it is put back."""
     for name, move in transfers(tmp_path).items():
@@ -398,9 +402,115 @@ def test_no_default_of_the_process_is_touched_but_where_compat_mode_is_measured(
         assert package.settings == [], name
     try_device_io(str(tmp_path), block_aligned(1 << 20))
     assert package.settings == []
-    with compat_mode_forced():
-        assert package.settings == [("compat_mode", "ON")]
-    assert package.settings == [("compat_mode", "ON"), ("compat_mode", "as found")]
+    package.before_open = lambda: package.settings.append(("open", ""))
+    KvikioReader(str(path), compat_mode="ON").close()
+    assert package.settings == [("compat_mode", "ON"), ("open", ""), ("compat_mode", "as found")]
+
+
+class InMidOpening:
+    """A thread that opens a file in a mode, and stays in KvikIO's call until it is told to go on."""
+
+    def __init__(self, package: FakeKvikio, path: Path, compat_mode: CompatMode | None) -> None:
+        self._is_there, self._may_go_on = threading.Event(), threading.Event()
+        self._package, self._path, self._compat_mode = package, path, compat_mode
+        self.thread = threading.Thread(target=self._open)
+
+    def _open(self) -> None:
+        with suppress(TransferError):
+            KvikioReader(str(self._path), compat_mode=self._compat_mode).close()
+
+    def _stay(self) -> None:
+        if threading.current_thread() is self.thread:
+            self._is_there.set()
+            assert self._may_go_on.wait(20)
+
+    def __enter__(self) -> InMidOpening:
+        self._package.before_open = self._stay
+        self.thread.start()
+        assert self._is_there.wait(20)
+        return self
+
+    def go_on(self) -> None:
+        self._may_go_on.set()
+
+    def __exit__(self, *_: object) -> None:
+        self.go_on()
+        self.thread.join()
+
+
+def meanwhile(opening: InMidOpening, act: Callable[[], object]) -> None:
+    """``act`` in a thread of its own that begins while the file is being opened, which then goes on."""
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(act)
+        with suppress(FutureTimeoutError):
+            done.result(0.1)
+        opening.go_on()
+        done.result(20)
+
+
+def test_memory_is_registered_and_deregistered_also_while_another_thread_measures_compat_mode(
+    path: Path, package: FakeKvikio
+) -> None:
+    """KvikIO does neither in that mode, and says nothing: the memory would be freed while cuFile still knows it."""
+    slab, other = block_aligned(BLOCK), block_aligned(BLOCK)
+    register(slab)
+    with InMidOpening(package, path, "ON") as opening:
+        meanwhile(opening, lambda: deregister(slab))
+    assert package.registered == []
+    with InMidOpening(package, path, "ON") as opening:
+        meanwhile(opening, lambda: register(other))
+    assert package.registered == [(other.data_ptr(), BLOCK)]
+
+
+def test_a_file_is_opened_as_ever_while_another_thread_refuses_compat_mode(path: Path, package: FakeKvikio) -> None:
+    """It may fall back; the trial's may not. And what cuFile is said to be is no other thread's either."""
+    package.opens_without_direct_io = True
+    with InMidOpening(package, path, "OFF") as opening:
+        meanwhile(opening, lambda: KvikioReader(str(path)).close())
+    said: list[bool] = []
+    with InMidOpening(package, path, "ON") as opening:
+        meanwhile(opening, lambda: said.append(cufile_facts().is_compat_mode))
+    assert said == [False]
+
+
+def test_modes_of_several_threads_never_overlap_and_the_one_before_comes_back(path: Path, package: FakeKvikio) -> None:
+    """Put back in another order, compat mode would be on for good."""
+    with InMidOpening(package, path, "OFF") as opening:
+        meanwhile(opening, lambda: KvikioReader(str(path), compat_mode="ON").close())
+    assert [mode for _, mode in package.settings] == ["OFF", "as found", "ON", "as found"]
+    assert package.compat_mode == "AUTO"
+
+
+def test_a_finalizer_may_let_go_of_memory_in_the_midst_of_an_opening(path: Path, package: FakeKvikio) -> None:
+    """It runs in any thread, at any moment, and it too deregisters for KvikIO's own mode."""
+    for compat_mode in (None, "ON", "OFF"):
+        slab = block_aligned(BLOCK)
+        register(slab)
+        package.before_open = lambda slab=slab: deregister(slab)
+        KvikioReader(str(path), compat_mode=compat_mode).close()
+        assert package.registered == []
+        assert package.compat_mode == "AUTO"
+
+
+def test_an_opening_that_hangs_holds_up_nobody_but_who_wants_another_mode(
+    path: Path, package: FakeKvikio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one in a trial may, on a file system that does not answer; and those get an error."""
+    monkeypatch.setattr(process_settings, "WAIT_S", 0.05)
+    slab = block_aligned(BLOCK)
+    with InMidOpening(package, path, None):
+        KvikioReader(str(path)).close()
+        register(slab)
+        with pytest.raises(TransferError, match="another thread has been using it"):
+            KvikioReader(str(path), compat_mode="ON")
+        deregister(slab)
+    with InMidOpening(package, path, "OFF"):
+        with pytest.raises(TransferError, match="another thread has been using it"):
+            KvikioReader(str(path))
+        with pytest.raises(OSError, match="another thread has been using it"):
+            register(slab)
+    assert package.registered == []
+    assert open_paths(path) == []
 
 
 def test_the_module_imports_no_kvikio_by_itself() -> None:

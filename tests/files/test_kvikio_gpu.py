@@ -12,7 +12,7 @@ import torch
 
 from gpudcp.executors.devicememory import allocate
 from gpudcp.files.gds import unavailable_reason
-from gpudcp.files.kvikio import KvikioReader, KvikioWriter, compat_mode_forced, deregister, register
+from gpudcp.files.kvikio import CompatMode, KvikioReader, KvikioWriter, deregister, register
 from gpudcp.files.measure import measure
 from gpudcp.files.trial import TRIAL_NBYTES, try_device_io
 
@@ -36,13 +36,13 @@ def aligned(nbytes: int) -> torch.Tensor:
     return memory[start : start + nbytes]
 
 
-def round_trip(path: Path, source: torch.Tensor, into: torch.Tensor) -> None:
+def round_trip(path: Path, source: torch.Tensor, into: torch.Tensor, compat_mode: CompatMode | None) -> None:
     """Write and read in requests of 4 MiB, from several threads that have never seen a GPU; compare in between."""
-    with KvikioWriter(str(path), nbytes=source.nbytes, is_direct=False, fsync=True) as writer:
+    with KvikioWriter(str(path), nbytes=source.nbytes, is_direct=False, fsync=True, compat_mode=compat_mode) as writer:
         in_threads(lambda at, end: writer.write_device(source[at:end], at), source.nbytes)
         writer.finish(source.nbytes - 5)
     assert path.read_bytes() == bytes(source.cpu().numpy())[:-5]
-    reader = KvikioReader(str(path))
+    reader = KvikioReader(str(path), compat_mode=compat_mode)
     in_threads(lambda at, end: reader.read_device(into[at : min(end, source.nbytes - 5)], at), source.nbytes)
     reader.close()
     assert torch.equal(into[:-5], source[:-5])
@@ -69,29 +69,20 @@ def in_threads(move: Callable[[int, int], None], nbytes: int) -> None:
 
 
 @pytest.mark.parametrize("memory", ["registered", "own", "allocator"])
-@pytest.mark.parametrize("is_compat", [False, True], ids=["as found", "compat"])
-def test_device_memory_makes_the_round_trip(tmp_path: Path, memory: str, is_compat: bool) -> None:
+@pytest.mark.parametrize("compat_mode", [None, "ON"], ids=["as found", "compat"])
+def test_device_memory_makes_the_round_trip(tmp_path: Path, memory: str, compat_mode: CompatMode | None) -> None:
     """Of an allocation of its own, registered or not, and of torch's caching allocator."""
-    if is_compat:
-        with compat_mode_forced():
-            trip(tmp_path, memory)
-    else:
-        trip(tmp_path, memory)
-
-
-def trip(tmp_path: Path, memory: str) -> None:
-    """One round trip of random bytes."""
     source, into = (aligned(NBYTES) if memory == "allocator" else allocate(NBYTES, CUDA) for _ in range(2))
     source.random_()
     into.zero_()
     torch.cuda.synchronize()
     if memory != "registered":
-        round_trip(tmp_path / "file", source, into)
+        round_trip(tmp_path / "file", source, into, compat_mode)
         return
     for tensor in (source, into):
         register(tensor)
     try:
-        round_trip(tmp_path / "file", source, into)
+        round_trip(tmp_path / "file", source, into, compat_mode)
     finally:
         for tensor in (source, into):
             deregister(tensor)

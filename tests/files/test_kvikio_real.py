@@ -73,8 +73,8 @@ def test_a_trial_calls_compat_mode_by_its_name(found: dict[str, Any]) -> None:
 
 
 def test_defaults_of_the_process_are_left_as_found(found: dict[str, Any]) -> None:
-    """Compat mode, where it is forced for a measurement, is put back."""
-    assert found["forced"] == "ON"
+    """Compat mode, where it is asked for one file, is put back."""
+    assert found["asked_for"] == "ON"
     assert found["changed"] == []
 
 

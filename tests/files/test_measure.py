@@ -86,11 +86,11 @@ def test_host_memory_is_measured_by_every_way_that_works(tmp_path: Path) -> None
 
 
 def test_a_gpu_is_measured_by_gds_and_by_compat_mode(tmp_path: Path, gpu: FakeKvikio) -> None:
-    """Compat mode is forced while it is measured, and put back; pinned memory goes the POSIX ways."""
+    """Compat mode is forced while its files are opened, and put back; pinned memory goes the POSIX ways."""
     found = measured(tmp_path, CUDA)
     expected = [(direction, way) for way in ("gds", "compat", "buffered") for direction in ("write", "read")]
     assert {(each.direction, each.way) for each in found.figures} >= set(expected)
-    assert gpu.settings == [("compat_mode", "ON"), ("compat_mode", "as found")] * 3
+    assert gpu.settings == [("compat_mode", "ON"), ("compat_mode", "as found")] * 6, "for a writer and a reader"
     assert found.not_measured.keys() <= {"direct"}
     assert os.listdir(tmp_path) == []
     assert gpu.registered == [], "what was registered is so no more"

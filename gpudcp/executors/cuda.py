@@ -26,7 +26,7 @@ from gpudcp.executors.base import Executor, FileReceipt, LoadTarget, SaveSource
 from gpudcp.executors.deviceloading import DeviceLoad, Resumed
 from gpudcp.executors.devicepacking import SlabPacker
 from gpudcp.executors.devices import Device, Event, is_out_of_memory
-from gpudcp.executors.lanes import LEAST_SLAB_NBYTES, Lane, acquired, give_up_idle
+from gpudcp.executors.lanes import LEAST_SLAB_NBYTES, Lane, NoRoomError, acquired, give_up_idle
 from gpudcp.files.base import DeviceFileWriter, FileReader, FileWriter
 from gpudcp.options import SLAB_ALIGNMENT_NBYTES
 from gpudcp.report import Stopwatch
@@ -78,16 +78,13 @@ class DeviceExecutor:
         """Lanes of each of the devices, as long as the stack says, for so many bytes.
 
         Raises:
-            _NoRoomError: one of them has no room for a slab.
+            NoRoomError: one of them has no room for a slab.
         """
         rings: dict[torch.device, Sequence[Lane]] = {}
         for device, own_nbytes in nbytes.items():
-            lanes = stack.enter_context(
+            rings[device.torch_device] = stack.enter_context(
                 acquired(device, self._lanes, nbytes=own_nbytes, slab_nbytes=slab_nbytes, least_nbytes=least_nbytes)
             )
-            if not lanes:
-                raise _NoRoomError(f"no room for slabs on {device.torch_device}")
-            rings[device.torch_device] = lanes
         if self._registers_slabs:
             for lanes in rings.values():
                 self._register(lanes)
@@ -122,7 +119,7 @@ class DeviceExecutor:
     ) -> list[FileReceipt]:
         try:
             return self._save(plan, source, open_file, stopwatch)
-        except _NoRoomError as err:
+        except NoRoomError as err:
             why = str(err)
         except RuntimeError as err:
             if not is_out_of_memory(err):
@@ -183,7 +180,7 @@ class DeviceExecutor:
         try:
             self._load(load, plan.slab_nbytes, open_file, stopwatch)
             return
-        except _NoRoomError as err:
+        except NoRoomError as err:
             why = str(err)
         except RuntimeError as err:
             if not is_out_of_memory(err):
@@ -201,10 +198,6 @@ class DeviceExecutor:
                 rings = self._rings(stack, nbytes, slab_nbytes=slab_nbytes, least_nbytes=slab_nbytes)
             pool = stack.enter_context(Workers(self._threads, "gpudcp-read"))
             load.run(rings, pool, open_file)
-
-
-class _NoRoomError(Exception):
-    """A device has no room for a slab."""
 
 
 def _in_turn(

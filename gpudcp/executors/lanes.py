@@ -29,6 +29,10 @@ LEAST_SLAB_NBYTES = 1 << 20
 """On a full device slabs are halved down to this; where not even it fits, the cpu executor takes over."""
 
 
+class NoRoomError(Exception):
+    """A device has no room for a slab; says what it answered last, which may be about something else than room."""
+
+
 class Lane:
     """One lane of a device. Whoever has acquired it has it alone."""
 
@@ -96,22 +100,28 @@ def acquired(
     """Lanes with slabs of one size: ``slab_nbytes``, halved as long as the device has no room for one.
 
     As many as hold ``nbytes`` at once, up to ``most``; so many are kept, too. `SPARE_NBYTES` stay free, for which lanes
-    of earlier transfers are given up, and then what torch keeps for its next tensors. None at all where
-    ``least_nbytes`` does not fit even so. On leaving, everything in flight has ended.
+    of earlier transfers are given up, and then what torch keeps for its next tensors. On leaving, everything in flight
+    has ended.
+
+    Raises:
+        NoRoomError: ``least_nbytes`` does not fit even so.
     """
+    errors: list[str] = []
 
     def taken() -> list[Lane]:
         size = slab_nbytes
-        lanes = _take(device, nbytes, most, size)
+        lanes = _take(device, nbytes, most, size, errors)
         while not lanes and size // 2 >= least_nbytes:
             size = size // 2 // SLAB_ALIGNMENT_NBYTES * SLAB_ALIGNMENT_NBYTES
-            lanes = _take(device, nbytes, most, size)
+            lanes = _take(device, nbytes, most, size, errors)
         return lanes
 
     lanes = taken()
     if not lanes and device.spare_nbytes() - device.free_nbytes() >= _with_margins(least_nbytes):
         device.reclaim()
         lanes = taken()
+    if not lanes:
+        raise NoRoomError(": ".join([f"no room for slabs on {device.torch_device}", *errors[-1:]]))
     try:
         yield lanes
     finally:
@@ -124,7 +134,8 @@ _free: dict[tuple[torch.device, type], list[Lane]] = {}
 _guard = threading.Lock()
 
 
-def _take(device: Device, nbytes: int, most: int, slab_nbytes: int) -> list[Lane]:
+def _take(device: Device, nbytes: int, most: int, slab_nbytes: int, errors: list[str]) -> list[Lane]:
+    """Lanes with slabs of this size; what kept there from being more is added to the errors."""
     count = max(1, min(most, -(-nbytes // slab_nbytes)))
     with _guard:
         known = _free.pop((device.torch_device, type(device)), [])
@@ -136,8 +147,8 @@ def _take(device: Device, nbytes: int, most: int, slab_nbytes: int) -> list[Lane
     try:
         while len(lanes) < count and device.free_nbytes() >= needed_nbytes:
             lanes.append(Lane(device, slab_nbytes))
-    except torch.OutOfMemoryError:
-        pass
+    except torch.OutOfMemoryError as err:
+        errors.append(str(err))  # the text alone: a traceback would keep what was allocated
     # Less may be left than was counted on: the driver rounds up, and others allocate at the same time.
     while (idle or lanes) and device.spare_nbytes() < SPARE_NBYTES:
         _drop([(idle or lanes).pop()])

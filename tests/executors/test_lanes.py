@@ -14,7 +14,7 @@ from gpudcp_kernels.tables import SLAB_PADDING_NBYTES
 
 from gpudcp.executors import lanes as lanes_of_process
 from gpudcp.executors.devices import Event, InterpretedDevice
-from gpudcp.executors.lanes import MARGIN_NBYTES, SPARE_NBYTES, Lane, acquired, give_up_idle
+from gpudcp.executors.lanes import MARGIN_NBYTES, SPARE_NBYTES, Lane, NoRoomError, acquired, give_up_idle
 from gpudcp.files import kvikio
 
 MIB = 1 << 20
@@ -197,8 +197,8 @@ def test_lanes_leave_room_for_what_is_allocated_later(free_nbytes: int, expected
 
 def test_a_device_whose_spare_room_is_taken_has_no_lanes() -> None:
     """Though a slab would fit: the kernels would not."""
-    with acquired(FillingDevice(SPARE_NBYTES), 3, nbytes=MANY, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
-        assert not taken
+    with pytest.raises(NoRoomError, match=r"^no room for slabs on cpu$"):
+        acquired(FillingDevice(SPARE_NBYTES), 3, nbytes=MANY, slab_nbytes=4 * MIB, least_nbytes=MIB).__enter__()
 
 
 def test_lanes_of_earlier_transfers_are_given_up_for_that_room() -> None:
@@ -285,8 +285,8 @@ def test_torch_gives_back_what_it_keeps_before_there_are_no_lanes() -> None:
     with acquired(Trained(1 << 30), 3, nbytes=MANY, slab_nbytes=4 * MIB, least_nbytes=MIB) as taken:
         assert [lane.slab_nbytes for lane in taken] == [4 * MIB] * 3
     device = Trained(MIB // 2)
-    with acquired(device, 3, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=2 * MIB) as taken:
-        assert not taken
+    with pytest.raises(NoRoomError):
+        acquired(device, 3, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=2 * MIB).__enter__()
     assert device.kept_nbytes == MIB // 2
 
 
@@ -317,9 +317,24 @@ def test_idle_lanes_are_given_up_before_those_that_are_needed() -> None:
 def test_without_room_for_the_least_there_are_no_lanes() -> None:
     """And nothing was allocated on the way."""
     device = SmallDevice(MIB)
-    with acquired(device, 4, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=MIB) as taken:
-        assert not taken
+    with pytest.raises(NoRoomError):
+        acquired(device, 4, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=MIB).__enter__()
     assert device.made == []
+
+
+@pytest.mark.parametrize("what", ["new_slab", "new_host_slab", "new_stream"])
+def test_without_lanes_the_device_is_quoted(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Memory that may not be pinned, or a stream that is not made, is no matter of room: the driver's words say so."""
+    nfailed = 0
+
+    def fail(_device: object, *_nbytes: int) -> None:
+        nonlocal nfailed
+        nfailed += 1
+        raise torch.OutOfMemoryError(f"driver error 800, the {nfailed}.")
+
+    monkeypatch.setattr(SmallDevice, what, fail)
+    with pytest.raises(NoRoomError, match=r"^no room for slabs on cpu: driver error 800, the 4\.$"):
+        acquired(SmallDevice(), 2, nbytes=MANY, slab_nbytes=8 * MIB, least_nbytes=MIB).__enter__()
 
 
 def test_lanes_of_another_size_make_room() -> None:

@@ -353,7 +353,7 @@ def test_only_the_full_device_has_smaller_slabs() -> None:
 
 
 def test_where_one_device_has_no_room_the_fallback_moves_everything() -> None:
-    """A save and a load; the report names the device, and no lane is kept."""
+    """A save and a load; the report names the device and quotes it, and no lane is kept."""
     devices = [OneOfSeveral(0), OneOfSeveral(1, most_nbytes=0)]
     entries = [devices[0].place(random_tensor(3000)), devices[1].place(random_tensor(2500))]
     plan, source = grouped(entries, [0, 1])
@@ -367,7 +367,7 @@ def test_where_one_device_has_no_room_the_fallback_moves_everything() -> None:
     target = target_of(entries, devices)
     executor_of(*devices, notes=notes).load(load_plan, target, backend.open, Stopwatch())
     check_loaded(target, entries)
-    assert notes == ["the cpu executor took over: no room for slabs on cpu:1"] * 2
+    assert notes == ["the cpu executor took over: no room for slabs on cpu:1: full"] * 2
     assert executor.name == "cpu"
     assert not lanes_of_process._free
 

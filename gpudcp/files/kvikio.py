@@ -245,11 +245,12 @@ class _DeviceBytes:
 
 
 def copy_and_wait(source: torch.Tensor, into: torch.Tensor) -> None:
-    """Copy from the host to a device; on return the bytes are there. Waits for nothing else on the device."""
-    if not into.is_cuda:
+    """Copy between the host and a device; on return the bytes are there. Waits for nothing else on the device."""
+    on_device = source if source.is_cuda else into
+    if not on_device.is_cuda:
         into.copy_(source)
         return
-    stream = _stream_of(into.device)
+    stream = _stream_of(on_device.device)
     with torch.cuda.stream(stream):
         into.copy_(source)
     stream.synchronize()

@@ -5,13 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
+import torch
 from fake_kvikio import FakeKvikio, block_aligned
 
 from gpudcp.errors import BackendUnavailableError
-from gpudcp.files import trial
+from gpudcp.files import kvikio, trial
 from gpudcp.files.trial import TRIAL_NBYTES, DeviceIO, try_device_io
 
 BOTH = ("write", "read")
@@ -90,6 +94,59 @@ def test_without_nvidia_fs_it_is_gds_only_where_cufile_may_not_fall_back(tmp_pat
     package.may_fall_back = False
     assert try_in(tmp_path).is_gds
     assert package.settings == [("compat_mode", "OFF"), ("compat_mode", "as found")]
+
+
+class DeviceMemory(torch.Tensor):
+    """Host memory that says it is a GPU's, and writes down on which stream its bytes are copied."""
+
+    is_cuda = True
+    device = torch.device("cuda", 0)
+    copied: ClassVar[list[tuple[str, object]]] = []
+    stream: ClassVar[object] = "the default stream"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.__name__ in ("copy_", "cpu", "to", "clone", "tolist"):
+            cls.copied.append((func.__name__, cls.stream))
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+class OwnStream:
+    """A stream that nobody else has; it is waited for."""
+
+    def synchronize(self) -> None:
+        DeviceMemory.copied.append(("synchronize", self))
+
+
+@pytest.fixture
+def own_stream(monkeypatch: pytest.MonkeyPatch) -> OwnStream:
+    """The stream of the trial's thread, where there is no GPU."""
+    stream = OwnStream()
+
+    @contextmanager
+    def current(given: object) -> Iterator[None]:
+        DeviceMemory.stream, before = given, DeviceMemory.stream
+        yield
+        DeviceMemory.stream = before
+
+    monkeypatch.setattr(kvikio, "_stream_of", lambda _: stream)
+    monkeypatch.setattr(trial, "relax_stream_capture", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", current)
+    for name in ("device", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: nullcontext())
+    monkeypatch.setattr(DeviceMemory, "copied", [])
+    return stream
+
+
+@pytest.mark.usefixtures("package")
+def test_a_trial_waits_for_no_stream_but_its_own(tmp_path: Path, own_stream: OwnStream) -> None:
+    """Training's may be busy for longer than the deadline, and that it took too long would be the answer for good."""
+    memory = block_aligned(TRIAL_NBYTES).as_subclass(DeviceMemory)
+    assert try_device_io(str(tmp_path), memory, deadline_s=20).is_gds
+    once = [("copy_", own_stream), ("synchronize", own_stream)]
+    assert DeviceMemory.copied == once * 2 * trial._TIMES_COUNTED
 
 
 @pytest.mark.parametrize("direction", ["write", "read"])

@@ -12,6 +12,8 @@ from gpu_cases import DEVICE
 from gpu_states import EXECUTOR, blank, differences, load, save
 
 from gpudcp.cudadriver import driver
+from gpudcp.executors.devicememory import allocate
+from gpudcp.files.kvikio import copy_and_wait
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +58,21 @@ def test_a_load_does_not_overtake_what_still_reads_its_destinations(tmp_path: Pa
         stream.synchronize()
         assert bool((before == 1).all())
         assert bool((after == 2).all())
+
+
+def test_the_copies_of_a_trial_wait_for_nobody_else() -> None:
+    """In both directions, while the default stream has a second of work before it."""
+    memory, found = allocate(1 << 18, DEVICE), torch.zeros(1 << 18, dtype=torch.uint8)
+    matrix, given = torch.randn(4096, 4096, device=DEVICE), torch.randint(0, 256, (1 << 18,), dtype=torch.uint8)
+    copy_and_wait(given, memory)  # the stream is made now
+    keep_busy(matrix, turns=1)
+    torch.cuda.synchronize()
+    keep_busy(matrix, turns=400)
+    is_done = torch.cuda.default_stream().record_event()
+    copy_and_wait(given, memory)
+    copy_and_wait(memory, found)
+    assert not is_done.query()
+    assert torch.equal(found, given)
 
 
 def test_training_goes_on_beside_a_save_and_a_load(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ def in_pieces(into: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.
 
 def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
     """Copy elements of one shape, cast by the rule; on whatever devices they are."""
+    if into.is_cpu and not source.is_cpu:
+        # There, as torch, by its source, does it twice on the host where the view has gaps too.
+        source = source.resolve_conj().resolve_neg()
     if into.dtype == source.dtype:
         into.copy_(source)
         return

@@ -145,7 +145,7 @@ class SlabPacker:
             packed = torch.empty(part.stop - start, dtype=dtype, device="cpu")
             taken = 0
             for box in boxes_of_run(tuple(tensor.shape), start, part.stop):
-                view = _view(tensor, box).cpu()  # as it is: the rule's casts are the host's
+                view = _view(tensor, box)
                 copy_cast(packed[taken : taken + view.numel()].view(view.shape), view)
                 taken += view.numel()
             memory = packed.view(torch.uint8).numpy().data

@@ -31,6 +31,7 @@ def mixed_state(*, steps: int = 2000) -> State:
         state |= {f"{name}.whole": matrix, f"{name}.transposed": matrix.t(), f"{name}.part": matrix[3:20, 5:64]}
     cube = torch.randn(6, 5, 4, 3, 7, generator=generator).to(DEVICE)
     large = torch.randn(1500, 1001, generator=generator).to(DEVICE)
+    waves = torch.randn(40, 3, dtype=torch.complex64, generator=generator).to(DEVICE)
     state |= {
         "permuted": cube.permute(4, 0, 2, 1, 3),
         "stepped": cube[::2, 1:, :, ::2],
@@ -41,7 +42,8 @@ def mixed_state(*, steps: int = 2000) -> State:
         "0-d": torch.tensor(3.5, device=DEVICE),
         "empty": torch.empty(0, 4, device=DEVICE),
         "bf16": large.to(torch.bfloat16),
-        "conjugate": torch.randn(40, 3, dtype=torch.complex64, generator=generator).to(DEVICE).conj(),
+        "conjugate": waves.conj(),
+        "conjugate.transposed": waves.t()[1:].conj(),
     }
     return state | {f"optimizer.{number}.step": torch.tensor(float(number)) for number in range(steps)}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import tarfile
 from pathlib import Path
@@ -98,14 +100,51 @@ def test_some_parts_are_run_alone(tmp_path: Path) -> None:
         chosen(parts, "files,benches")
 
 
-def test_a_tool_that_is_not_there_is_not_said_to_have_found_nothing(tmp_path: Path) -> None:
-    """What the sanitizer's part prints without it."""
-    line = "sanitize-gpu: skipped, compute-sanitizer (of the CUDA toolkit) is not on the PATH"
-    assert line in (Path(__file__).parents[1] / "Makefile").read_text()
-    part = Part(name="sanitizer", command=(sys.executable, "-c", f"print({line!r})"), share_s=1)
+@pytest.mark.skipif(shutil.which("compute-sanitizer") is not None, reason="compute-sanitizer is here")
+def test_a_tool_that_is_not_there_is_not_said_to_have_found_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sanitizer's part without it, inside of a `make` of its own, as `make gpu-report` is one."""
+    monkeypatch.setenv("MAKELEVEL", "1")
+    monkeypatch.setenv("MAKEFLAGS", "w")
+    (part,) = (each for each in all_parts(tmp_path, commit="") if each.name == "sanitizer")
     (outcome,) = run_all([part], tmp_path, limit_s=30)
     assert (outcome.result, outcome.is_good) == ("skipped", True)
     assert "sanitizer | skipped | " in summary([outcome], tmp_path)
+
+
+def test_what_tests_counted_is_shown_though_another_tool_has_the_last_word(tmp_path: Path) -> None:
+    """As compute-sanitizer has."""
+    lines = "==== 3 skipped in 1.20s ====\n========= ERROR SUMMARY: 0 errors"
+    (outcome,) = run_all([part("memcheck", f"print({lines!r})")], tmp_path, limit_s=30)
+    assert outcome.last_line == "3 skipped in 1.20s"
+
+
+def test_an_interrupt_ends_the_tests_though_somebody_makes_an_error_of_it(tmp_path: Path) -> None:
+    """As stock DCP does: the next test does not begin, and what was set up is torn down."""
+    (tmp_path / "test_it.py").write_text(
+        """
+import os, signal
+
+class CheckpointException(BaseException):
+    pass
+
+def test_first():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    except KeyboardInterrupt as err:
+        raise CheckpointException from err
+
+def test_second():
+    print("went on")
+"""
+    )
+    command = (sys.executable, "-m", "pytest", "-p", "bench.gpu.interrupts", "-s", "-c", os.devnull, str(tmp_path))
+    (outcome,) = run_all([Part(name="tests", command=command, share_s=20)], tmp_path / "out", limit_s=30)
+    assert "went on" not in outcome.log
+    assert "interrupted" in outcome.log
+    assert outcome.last_line.startswith("1 failed in")
 
 
 def test_every_gpu_test_and_bench_is_part_of_the_report(tmp_path: Path) -> None:

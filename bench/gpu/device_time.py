@@ -1,12 +1,14 @@
 """Time contenders on a GPU, in turns: the device's own time by events, or whole calls by the host's clock.
 
-Device time: before each turn the device is given some tens of milliseconds of other work, during which the host queues
-the turn (a host that launches too slowly, as in a loop over thousands of tensors, still shows). Cold: that work ends
-with writes over twice the L2 cache. Warm: the contender itself ran just before it.
+Device time: before each turn the device is given other work for twice as long as the host took to queue the turn once,
+and meanwhile the host queues it (some thousand launches may wait: a loop over more of them still shows the host). Cold:
+that work ends with writes over twice the L2 cache. Warm: the contender itself ran just before it.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,8 +19,8 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.measure import Contender, Rounds, Timings, compare
 from bench.results import Suite, Table
 
-_BUSY_TURNS = 800
-_BUSY_ROWS = 1024
+_BUSY_ROWS = 4096  # some milliseconds a product: few launches wait before those that are timed
+_LEAST_BUSY_S = 0.03
 
 
 class Between:
@@ -30,14 +32,23 @@ class Between:
         self._product = torch.empty_like(self._matrix)
         l2_nbytes = torch.cuda.get_device_properties(0).L2_cache_size
         self._other = torch.empty(2 * l2_nbytes if is_cold else 0, dtype=torch.uint8, device="cuda")
+        self._multiply(1)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        self._multiply(4)
+        torch.cuda.synchronize()
+        self._product_s = (time.perf_counter() - start) / 4
 
-    def queue(self, again: Callable[[], object]) -> None:
-        """Some tens of milliseconds of work; ``again`` is what a warm turn follows."""
+    def queue(self, again: Callable[[], object], host_s: float) -> None:
+        """Work for twice so long, and for some tens of milliseconds at least; ``again`` is what a warm turn follows."""
         if not self.is_cold:
             again()
-        for _ in range(_BUSY_TURNS):
-            torch.mm(self._matrix, self._matrix, out=self._product)
+        self._multiply(math.ceil(max(2 * host_s, _LEAST_BUSY_S) / self._product_s))
         self._other.fill_(1)
+
+    def _multiply(self, times: int) -> None:
+        for _ in range(times):
+            torch.mm(self._matrix, self._matrix, out=self._product)
 
 
 def compare_on_device(benchmark: BenchmarkFixture, contenders: Sequence[Contender], rounds: Rounds) -> Timings:
@@ -60,11 +71,16 @@ class _Seconds:
         self._contenders = contenders
         self._between = Between(is_cold=is_cold)
         self._seconds: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+        self._host_s: dict[str, float] = {}
 
     def add_round(self) -> None:
         for contender in self._contenders:
+            if contender.name not in self._host_s:
+                _host_seconds(contender)  # what is compiled or allocated at the first call is not counted
+                self._host_s[contender.name] = _host_seconds(contender)
             contender.prepare()
-            self._seconds[contender.name].append(_device_seconds(contender, self._between))
+            seconds = _device_seconds(contender, self._between, self._host_s[contender.name])
+            self._seconds[contender.name].append(seconds)
             contender.check()
 
     def timings(self, rounds: Rounds) -> Timings:
@@ -76,9 +92,20 @@ def compare_calls(benchmark: BenchmarkFixture, contenders: Sequence[Contender], 
     return compare(benchmark, [_synchronised(contender) for contender in contenders], rounds)
 
 
-def _device_seconds(contender: Contender, between: Between) -> float:
+def _host_seconds(contender: Contender) -> float:
+    """Until its work is queued, on a device that has nothing else to do."""
+    contender.prepare()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    contender.run()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds
+
+
+def _device_seconds(contender: Contender, between: Between, host_s: float) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    between.queue(contender.run)
+    between.queue(contender.run, host_s)
     start.record()
     contender.run()
     end.record()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,14 +30,17 @@ _LIMIT_S = 570.0
 _LEAST_S = 3.0
 _GRACE_S = 5.0
 _SHOWN_LINES = 25
+_COUNTS = re.compile(r"^=* ?\d+ (passed|failed|skipped|error|warning|deselected).* in [\d.]+s")
 _KERNEL_TESTS = ("pack", "unpack", "dequant", "checksum", "casts")
 _TRANSFER_TESTS = ("transfers", "streams", "async", "distributed")
 _DESCRIBE = """
-import os, gpudcp
+import os, shutil, gpudcp
 from bench.gpu.hardware import clocks, describe_gpu
 for name, value in describe_gpu().items():
     print(f"{name}: {value}")
 print("clocks:", clocks())
+for place in ("/dev/shm", os.getcwd()):
+    print(f"{place}: {shutil.disk_usage(place).free / 2**30:.1f} GiB free")
 print(gpudcp.probe(os.getcwd()))
 """
 
@@ -70,12 +74,13 @@ class Outcome:
     def last_line(self) -> str:
         """For tests: how many passed, and how many were skipped, which is nothing found."""
         lines = self.log.strip().splitlines()
-        return "" if self.part.keeps or not lines else lines[-1].strip(" =")
+        counts = [line for line in lines if _COUNTS.search(line)]  # compute-sanitizer has the last word after pytest's
+        return "" if self.part.keeps or not lines else (counts or lines)[-1].strip(" =")
 
 
 def all_parts(out: Path, *, commit: str) -> list[Part]:
     """What there is to run, what matters most first."""
-    pytest = (sys.executable, "-m", "pytest", "-W", "default", "-p", "no:cacheprovider")
+    pytest = (sys.executable, "-m", "pytest", "-W", "default", "-p", "no:cacheprovider", "-p", "bench.gpu.interrupts")
     # Hundreds of kernels are compiled for the first time: by as many processes as there are cores, where that works.
     in_parallel = ("-n", str(min(12, os.cpu_count() or 1))) if find_spec("xdist") else ()
     kernel_tests = (f"tests/gpu/test_gpu_{name}.py" for name in _KERNEL_TESTS)
@@ -89,16 +94,20 @@ def all_parts(out: Path, *, commit: str) -> list[Part]:
 
     return [
         Part(name="machine", command=(sys.executable, "-c", _DESCRIBE), share_s=20),
-        Part(name="kernels", command=(*tests, *in_parallel, *kernel_tests), share_s=85),
-        bench("pack", 40),
+        Part(name="kernels", command=(*tests, *in_parallel, *kernel_tests), share_s=75),
+        bench("pack", 35),
         bench("crc", 35),
-        bench("small_tensors", 50),
-        bench("files", 160),
-        Part(name="transfers", command=(*tests, "-rA", *transfer_tests, "tests/files/test_kvikio_gpu.py"), share_s=80),
-        bench("async", 20),
+        bench("small_tensors", 40),
+        bench("files", 170),
+        Part(name="transfers", command=(*tests, "-rA", *transfer_tests, "tests/files/test_kvikio_gpu.py"), share_s=75),
+        bench("async", 30),
         Part(name="casts", command=(sys.executable, "tests/gpu/to_table.py"), share_s=15, keeps="cuda_to.json"),
-        Part(name="memory", command=(*tests, "-rA", "tests/gpu/test_gpu_memory.py"), share_s=40),
-        Part(name="sanitizer", command=("make", "sanitize-gpu", f"PYTHON={sys.executable}"), share_s=25),
+        Part(name="memory", command=(*tests, "-rA", "tests/gpu/test_gpu_memory.py"), share_s=55),
+        Part(
+            name="sanitizer",
+            command=("make", "--no-print-directory", "sanitize-gpu", f"PYTHON={sys.executable}"),
+            share_s=20,
+        ),
     ]
 
 

@@ -68,6 +68,7 @@ def random_layout(
     start: int = 0,
     slab_alignment: int = 1,
     is_file_strided: bool = False,
+    are_regular: bool = False,
 ) -> Layout:
     """Boxes of 0 to 5 dimensions: lines, aligned matrices, strided and permuted ones, empty ones; none overlap.
 
@@ -80,7 +81,7 @@ def random_layout(
     addresses, byte_offsets = np.zeros(count, np.int64), np.zeros(count, np.int64)
     address, byte_offset = MARGIN_NBYTES, start
     for row in range(count):
-        ndim, is_regular = row % 6, row % 4 == 0
+        ndim, is_regular = row % 6, are_regular or row % 4 == 0
         of_row = rng.integers(1, 6, ndim)
         if ndim:
             of_row[-1] = rng.integers(1, 5000 if ndim == 1 else 40)

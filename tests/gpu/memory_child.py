@@ -32,13 +32,16 @@ def full(directory: Path, mib_left: int, *, is_warm: bool) -> dict[str, Any]:
         places = blank(state)
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    ballast = []
+    ballast, most_nbytes = [], torch.cuda.mem_get_info(DEVICE)[0]
     while (free_nbytes := torch.cuda.mem_get_info(DEVICE)[0]) >= mib_left * _MIB + _GRAIN_NBYTES:
-        nbytes = max(_GRAIN_NBYTES, (free_nbytes - mib_left * _MIB) // 2 // _GRAIN_NBYTES * _GRAIN_NBYTES)
+        most_nbytes = min(most_nbytes, (free_nbytes - mib_left * _MIB) // 2)
+        nbytes = max(_GRAIN_NBYTES, most_nbytes // _GRAIN_NBYTES * _GRAIN_NBYTES)
         try:
             ballast.append(allocate(nbytes, torch.device("cuda", 0)))
         except torch.OutOfMemoryError:
-            break
+            if nbytes == _GRAIN_NBYTES:
+                break
+            most_nbytes = nbytes // 2
     free_nbytes = torch.cuda.mem_get_info(DEVICE)[0]
     reports = [str(save(state, directory / "full")), str(load(places, directory / "full"))]
     return {"free_nbytes": free_nbytes, "reports": reports, "differences": differences(state, places)}

@@ -19,7 +19,7 @@ test:
 PTX_PYTEST := PYTHONPATH=tests/ptx:.:kernels:$$PYTHONPATH $(PYTHON) -m pytest -p ptx_plugin
 
 test-ptx:
-	$(PTX_PYTEST) $(IN_PARALLEL) -m "not gpu or ptx" --ignore tests/kernels/test_compile.py tests/kernels tests/gpu
+	$(PTX_PYTEST) $(IN_PARALLEL) -m "not gpu or ptx" --ignore tests/kernels/test_compile.py tests/kernels tests/ptx tests/gpu
 	$(PTX_PYTEST) $(IN_PARALLEL) -k interpret tests/executors
 
 # Needs one GPU, skips without. Warnings of a torch that nobody has tried yet are shown, not raised.

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ptx_fences
-from ptx_instructions import OPERATIONS, PtxError
+import ptx_traffic
+from ptx_instructions import OPERATIONS, WARP, PtxError
 from ptx_program import Instruction, Place, Program
 
 Array = npt.NDArray[Any]
@@ -48,6 +49,7 @@ class Machine:
         self.nthreads = program.nthreads * len(blocks)
         self.mask: Array = np.ones(self.nthreads, bool)
         """The threads for which the current instruction does something."""
+        self._opcode = ""
         self._registers: dict[str, Array] = {
             "%tid.x": np.tile(np.arange(program.nthreads, dtype=np.uint32), len(blocks)),
             "%ctaid.x": np.repeat(blocks, program.nthreads),
@@ -91,6 +93,7 @@ class Machine:
         return ~predicate if instruction.guard[0] == "!" else predicate
 
     def _do(self, instruction: Instruction) -> None:
+        self._opcode = instruction.opcode
         try:
             OPERATIONS[instruction.opcode](self, instruction, *instruction.operands)
         except (PtxError, KeyError, ValueError, AssertionError) as err:
@@ -145,6 +148,7 @@ class Machine:
             raise PtxError(f"addresses that are no multiples of {nbytes}")
         if space == "global":
             ptx_fences.check(addresses, nbytes)
+            ptx_traffic.note(self._opcode, np.flatnonzero(self.mask) // WARP, addresses)
         whole = len(memory) // dtype.itemsize * dtype.itemsize
         return memory[:whole].view(f"u{dtype.itemsize}"), at // dtype.itemsize
 

@@ -20,21 +20,21 @@ _recording: list[Traffic] = []
 class Traffic:
     """Of every instruction that loaded or stored global memory."""
 
-    _accesses: list[tuple[str, npt.NDArray[Any], npt.NDArray[Any]]] = field(default_factory=list)
-    """The opcode, then for each warp and each sector of its own: the warp, the sector."""
+    _asked: list[tuple[str, npt.NDArray[Any]]] = field(default_factory=list)
+    """The opcode, and the sectors of each warp."""
 
     def nbytes(self, opcode: str, tensor: torch.Tensor) -> int:
         """Of the sectors of a tensor, each as often as an instruction of a warp asked for it."""
         first = tensor.data_ptr() // SECTOR_NBYTES
         last = (tensor.data_ptr() + tensor.nbytes - 1) // SECTOR_NBYTES
         return SECTOR_NBYTES * sum(
-            int(((first <= sectors) & (sectors <= last)).sum()) for name, _, sectors in self._accesses if name == opcode
+            int(((first <= sectors) & (sectors <= last)).sum()) for name, sectors in self._asked if name == opcode
         )
 
     def add(self, opcode: str, warps: npt.NDArray[Any], addresses: npt.NDArray[Any]) -> None:
         """One instruction, by each of its threads; an access is aligned, so it lies in one sector."""
-        pairs = np.unique(np.stack((warps, addresses // SECTOR_NBYTES)), axis=1)
-        self._accesses.append((opcode, *pairs))
+        _, sectors = np.unique(np.stack((warps, addresses // SECTOR_NBYTES)), axis=1)
+        self._asked.append((opcode, sectors))
 
 
 @contextmanager

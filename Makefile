@@ -15,7 +15,7 @@ test:
 	$(PYTHON) -m pytest $(IN_PARALLEL)
 
 # Needs no GPU: what Triton compiles for one (PTX_ARCHITECTURE=80, 90, 100) is run on the host, as tests/ptx can. With
-# PTX_LARGE=1 also rows beyond 2^32 bytes, for which it takes six minutes and 12 GiB more.
+# PTX_LARGE=1 also rows beyond 2^32 bytes, for which it takes six minutes more, and 12 GiB for each process.
 PTX_PYTEST := PYTHONPATH=tests/ptx:.:kernels:$$PYTHONPATH $(PYTHON) -m pytest -p ptx_plugin
 
 test-ptx:

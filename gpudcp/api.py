@@ -141,16 +141,23 @@ def async_save(
     is_alone = _is_alone(no_dist)
     group = None if is_alone else group_for_background(process_group)
     taken: list[tuple[StorageWriter, Snapshot, WriterProcess | None]] = []
+    claimed: list[tuple[StorageWriter, Snapshot, WriterProcess | None]] = []
     failed: list[BaseException] = []
 
     def snapshot() -> tuple[StorageWriter, Snapshot, WriterProcess | None]:
         if failed:
             raise failed[0]
-        return taken[0]
+        claimed.append(taken.pop())
+        return claimed[0]
+
+    def give_up() -> None:
+        # An error is kept until the next save, and keeps what it has come through.
+        while taken:
+            taken.pop()[1].discard()
 
     def act() -> Metadata:
-        ranks = Ranks(group, no_dist=is_alone)
         try:
+            ranks = Ranks(group, no_dist=is_alone)
             # A rank that has nothing to save must not leave the others waiting for it.
             writer, values, process = ranks.vote("snapshot", snapshot)
 
@@ -161,9 +168,8 @@ def async_save(
             with writer.beside_training(process) if isinstance(writer, GpuStorageWriter) else nullcontext():
                 return run_save(state, lambda: writer, planner, ranks, use_collectives=use_collectives)
         finally:
-            # An error is kept until the next save, and keeps what it has come through.
-            for _, staged, _ in taken:
-                staged.discard()
+            taken.extend(claimed)
+            give_up()
 
     with _background.calls:
         try:
@@ -177,7 +183,7 @@ def async_save(
         except BaseException as error:
             failed.append(error)
         place = getattr(taken[0][0], "checkpoint_id", None) if taken else checkpoint_id
-        upload: Any = _background.begin(act, str(place))
+        upload: Any = _background.begin(act, str(place), give_up=give_up)
     if failed:
         upload.exception()
         raise failed[0]

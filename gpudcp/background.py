@@ -77,12 +77,13 @@ class BackgroundSaves:
         if error is not None:
             raise error
 
-    def begin(self, act: Callable[[], Metadata], place: str) -> UploadFuture:
+    def begin(self, act: Callable[[], Metadata], place: str, *, give_up: Callable[[], None]) -> UploadFuture:
         """Run ``act`` in the background. What was begun before must have ended: see `settle`.
 
         Args:
             act: the save.
             place: where it goes, for the log.
+            give_up: called where ``act`` cannot be, before the error is raised.
         """
         device = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
         future = UploadFuture()
@@ -113,6 +114,7 @@ class BackgroundSaves:
                 if thread.ident is None:  # it will never run, as at the interpreter's exit
                     self._last = None
                     future.set_exception(error)
+                    give_up()
                 raise
         return future
 

@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 _NBYTES = 1 << 40
+_COPIES = (torch.Tensor.clone, torch.Tensor.contiguous, torch.Tensor.resolve_conj, torch.Tensor.resolve_neg)
 
 
 class FakeGpu(TorchFunctionMode):
@@ -77,13 +78,14 @@ class FakeGpu(TorchFunctionMode):
             if self._owns(args[1]) and not self._owns(args[0]):
                 return self._copy_to_host(*args, **kwargs)
         made = func(*args, **kwargs)
-        if func in (torch.Tensor.clone, torch.Tensor.contiguous) and self._owns(args[0]):
+        if func in _COPIES and self._owns(args[0]):
             self.place(made)
         return made
 
     def _owns(self, tensor: torch.Tensor) -> bool:
-        known = self._storages.get(tensor.untyped_storage().data_ptr())
-        return known is not None and not known.expired()
+        storage = tensor.untyped_storage()
+        known = self._storages.get(storage.data_ptr())
+        return known is not None and known == StorageWeakRef(storage)
 
     def _copy_to_host(self, into: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
         physical = source.conj() if source.is_conj() else source

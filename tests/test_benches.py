@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -289,13 +290,13 @@ def test_dropped_files_are_out_of_the_page_cache_and_warmed_ones_in_it(tmp_path:
 
 @pytest.fixture
 def shared_memory_file() -> Iterator[Path]:
-    path = Path("/dev/shm") / "gpudcp-test-benches"
     try:
-        path.write_bytes(bytes(4096))
+        with tempfile.NamedTemporaryFile(dir="/dev/shm", prefix="gpudcp-test-") as file:
+            file.write(bytes(4096))
+            file.flush()
+            yield Path(file.name)
     except OSError as err:
         pytest.skip(f"/dev/shm: {err}")
-    yield path
-    path.unlink()
 
 
 def test_a_file_that_stays_cached_is_never_taken_for_a_cold_one(shared_memory_file: Path) -> None:

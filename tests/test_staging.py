@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from fake_gpu import FakeGpu
 import gpudcp
 from gpudcp import api, staging
 from gpudcp.errors import PlanError
+from gpudcp.planners import CastRule
 from gpudcp.ranks import Ranks
 from gpudcp.staging import Snapshot, Stager
 
@@ -96,6 +98,19 @@ def test_a_full_gpu_needs_little_for_tensors_that_are_not_contiguous(
     assert snapshot.state_dict["tensor"].tolist() == expected
 
 
+def test_a_full_gpu_needs_little_for_views_that_are_cast(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative ones with gaps: they are negated there, by parts."""
+    monkeypatch.setattr("gpudcp.executors.casting._PIECE_NUMEL", 2048)
+    tensor = gpu.place(complex_tensor(512, 600)).conj().imag
+    expected = tensor.bfloat16().tolist()
+    full(gpu)
+    gpu.most_nbytes = before = gpu.allocated_nbytes
+    snapshot = Stager().stage({"tensor": tensor}, CastRule.of(torch.bfloat16), nested=True, is_shared=False)
+    snapshot.finish()
+    assert gpu.most_nbytes - before <= 3 * 2048 * 4
+    assert snapshot.state_dict["tensor"].tolist() == expected
+
+
 class Uncopied(dict[str, Any]):
     """A part of a state dict that no copy can be made of."""
 
@@ -137,6 +152,25 @@ def test_a_background_save_that_fails_frees_the_gpu(
     error = gpudcp.async_save({"tensor": tensor}, directory).exception()
     assert error is not None
     assert error.__traceback__ is not None
+    assert gpu.most_nbytes == 2 * tensor.nbytes
+    assert gpu.allocated_nbytes == tensor.nbytes
+
+
+@pytest.mark.parametrize("failing", ["the ranks", "the thread"])
+def test_a_background_save_that_does_not_begin_frees_the_gpu(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
+    """As where the process group is gone, or no thread can be started."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(api, "_stager", Stager())
+    monkeypatch.setattr(*((api, "Ranks", fail) if failing == "the ranks" else (threading.Thread, "start", fail)))
+    tensor = gpu.place(torch.randn(1000, 64))
+    with pytest.raises(RuntimeError, match="not today") as caught:
+        gpudcp.async_save({"tensor": tensor}, tmp_path).result()
+    assert caught.tb is not None
     assert gpu.most_nbytes == 2 * tensor.nbytes
     assert gpu.allocated_nbytes == tensor.nbytes
 

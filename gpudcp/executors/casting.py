@@ -35,14 +35,18 @@ def in_pieces(into: torch.Tensor, source: torch.Tensor) -> Iterator[tuple[torch.
 
 def copy_cast(into: torch.Tensor, source: torch.Tensor) -> None:
     """Copy elements of one shape, cast by the rule; on whatever devices they are."""
-    if into.is_cpu and not source.is_cpu:
-        # There, as torch, by its source, does it twice on the host where the view has gaps too.
-        source = source.resolve_conj().resolve_neg()
-    if into.dtype == source.dtype:
+    # Of a GPU's such views that have gaps too torch, by its source, conjugates or negates the elements twice.
+    is_resolved = into.is_cpu and not source.is_cpu and not source.is_contiguous()
+    if into.dtype == source.dtype and not (is_resolved and (source.is_conj() or source.is_neg())):
         into.copy_(source)
         return
     for piece, piece_of_source in in_pieces(into, source):
-        _cast_piece(piece, piece_of_source)
+        if is_resolved:
+            piece_of_source = piece_of_source.resolve_conj().resolve_neg()
+        if into.dtype == source.dtype:
+            piece.copy_(piece_of_source)
+        else:
+            _cast_piece(piece, piece_of_source)
 
 
 def _cast_piece(into: torch.Tensor, source: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ class ProcessSetting:
         self._changed = changed
         """Gives the setting another value, and on leaving the one before."""
         self._condition = threading.Condition()
-        self._ncalls = 0
+        self._calls: set[object] = set()
         self._owner: int | None = None
         self._found: Any = None
 
@@ -38,17 +38,18 @@ class ProcessSetting:
         Raises:
             TimeoutError: another thread's call hangs.
         """
-        with self._condition:
-            if is_outermost := self._owner != threading.get_ident():
-                self._wait(lambda: self._owner is None and self._ncalls == 0)
-                self._owner = threading.get_ident()
+        me = threading.get_ident()
+        is_outermost = self._owner != me
         try:
             if is_outermost:
+                with self._condition:
+                    self._wait(lambda: self._owner is None and not self._calls)
+                    self._owner = me
                 self._found = self._get()
             with self._changed(value):
                 yield
-        finally:
-            if is_outermost:
+        finally:  # also of an interrupt between any two of these lines
+            if is_outermost and self._owner == me:
                 with self._condition:
                     self._owner = self._found = None
                     self._condition.notify_all()
@@ -60,17 +61,17 @@ class ProcessSetting:
         Raises:
             TimeoutError: another thread has changed it, and hangs.
         """
-        with self._condition:
-            if is_others := self._owner != threading.get_ident():
-                self._wait(lambda: self._owner is None)
-                self._ncalls += 1
+        call = object()
         try:
+            if self._owner != threading.get_ident():
+                with self._condition:
+                    self._wait(lambda: self._owner is None)
+                    self._calls.add(call)
             yield
         finally:
-            if is_others:
-                with self._condition:
-                    self._ncalls -= 1
-                    self._condition.notify_all()
+            with self._condition:
+                self._calls.discard(call)
+                self._condition.notify_all()
 
     @contextmanager
     def as_found(self) -> Iterator[None]:

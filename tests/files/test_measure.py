@@ -217,7 +217,8 @@ def test_a_file_is_not_closed_while_other_threads_still_move_its_bytes(
             requests_nbytes=(4096,),
             allocate=unavailable,
         )
-    assert call.others == [False], "of 32 requests of the other thread"
+    assert not any(call.others)
+    assert len(call.others) < 32, "all requests of the other thread"
     assert os.listdir(tmp_path) == []
 
 

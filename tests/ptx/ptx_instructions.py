@@ -42,9 +42,10 @@ def _elementwise(function: Callable[[Array, Array], Array], *types: str) -> Oper
         _only(instruction, "lo", "rn", *types)
         if instruction.modifiers[-1] == "f32x2":  # two in a register
             x, y = (np.broadcast_to(machine.read(each, "u8"), machine.nthreads).copy().view("f4") for each in (a, b))
-            machine.write(dest, function(x, y).view("u8"))
+            machine.write(dest, _with_gpus_nans(function(x, y)).view("u8"))
         else:
-            machine.write(dest, function(machine.read(a, instruction.dtype), machine.read(b, instruction.dtype)))
+            result = function(machine.read(a, instruction.dtype), machine.read(b, instruction.dtype))
+            machine.write(dest, _with_gpus_nans(result))
 
     return operation
 
@@ -83,7 +84,12 @@ def _neg(machine: Machine, instruction: Instruction, dest: str, a: str) -> None:
 
 def _abs(machine: Machine, instruction: Instruction, dest: str, a: str) -> None:
     _only(instruction, "f32")
-    machine.write(dest, np.abs(machine.read(a, "f4")))
+    machine.write(dest, _with_gpus_nans(np.abs(machine.read(a, "f4"))))
+
+
+def _with_gpus_nans(result: Array) -> Array:
+    """Arithmetic of a GPU has one NaN, whatever went in; it is nobody's canonical one."""
+    return np.where(np.isnan(result), np.uint32(0x7FFFFFFF).view("f4"), result) if result.dtype == "f4" else result
 
 
 # --- bits ------------------------------------------------------------------------------------------------------------
@@ -105,7 +111,8 @@ def _shr(machine: Machine, instruction: Instruction, dest: str, a: str, b: str) 
 def _shifted(machine: Machine, instruction: Instruction, a: str, b: str) -> tuple[Array, Array, Array]:
     """The value, how far, and how far at most without losing all of it."""
     dtype = instruction.dtype
-    return machine.read(a, dtype), machine.read(b, "u4").astype(dtype), np.array(8 * dtype.itemsize - 1, dtype)
+    nbits = 8 * dtype.itemsize
+    return machine.read(a, dtype), np.minimum(machine.read(b, "u4"), nbits).astype(dtype), np.array(nbits - 1, dtype)
 
 
 def _bfe(machine: Machine, instruction: Instruction, dest: str, a: str, start: str, length: str) -> None:
@@ -195,6 +202,8 @@ def _cvt(machine: Machine, instruction: Instruction, dest: str, a: str) -> None:
 def _ld(machine: Machine, instruction: Instruction, dest: str | list[str], place: Place) -> None:
     space, dtype = instruction.modifiers[0], instruction.dtype
     if space == "param":
+        if place.nbytes:
+            raise PtxError("a part of a parameter")
         value = np.array(machine.parameters[place.base] & (1 << 8 * dtype.itemsize) - 1, f"u{dtype.itemsize}")
         machine.write(str(dest), value.view(dtype))
         return
@@ -265,7 +274,9 @@ def _of_warps(machine: Machine, source: str) -> Array:
     return machine.read(source, "u4").reshape(-1, WARP)
 
 
-def _bar(machine: Machine, _instruction: Instruction, *_: str) -> None:
+def _bar(machine: Machine, instruction: Instruction, _number: str) -> None:
+    if instruction.modifiers != ("sync",):
+        raise PtxError("a barrier unknown here")
     blocks = machine.mask.reshape(-1, machine.program.nthreads)
     if (blocks.any(axis=1) != blocks.all(axis=1)).any():
         raise PtxError("some threads of a block are missing")

@@ -91,11 +91,12 @@ $L_out:
         ("setp.gt.u32 %p1, %r5, 9; selp.b32 %r5, 1, 2, %p1;", lambda x: torch.where((x < 0) | (x > 9), 1, 2)),
         ("shfl.sync.bfly.b32 %r5, %r5, 4, 31, -1;", lambda x: x[torch.arange(64) ^ 4]),
         ("cvt.rn.f32.u32 %r5, %r4; mul.f32 %r5, %r5, 0f3F000000;", lambda _: (torch.arange(64) / 2).view(torch.int32)),
+        ("mul.f32 %r5, %r5, 0f7FC00001;", lambda x: 0 * x + 0x7FFFFFFF),
         ("and.b32 %r5, %r5, 0x807fffff; mul.f32 %r5, %r5, 0f40000000;", lambda x: (x & 2**23 - 1) << 1 | x >> 31 << 31),
     ],
 )
 def test_what_instructions_compute(body: str, expected: object) -> None:
-    """Signs, widths, shifts by more than there are bits; denormals are not flushed."""
+    """Signs, widths, shifts by more than there are bits; denormals are not flushed, and there is one NaN."""
     values = numbers()
     assert callable(expected)
     wanted = expected(values.long())

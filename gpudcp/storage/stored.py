@@ -8,6 +8,7 @@ from functools import cached_property, lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
@@ -48,11 +49,15 @@ class StoredItems:
         self._metadata = metadata
 
     @cached_property
-    def _rows(self) -> _Rows | None:
+    def _columns(self) -> tuple[CheckpointColumns, ItemRecords] | None:
         metadata = self._metadata
         if not (isinstance(metadata, ColumnMetadata) and metadata.is_unchanged) or metadata.row_records is None:
             return None
-        return _Rows(metadata.columns, metadata.row_records)
+        return metadata.columns, metadata.row_records
+
+    @cached_property
+    def _rows(self) -> _Rows | None:
+        return None if self._columns is None else _Rows(*self._columns)
 
     @cached_property
     def _by_fqn(self) -> dict[str, tuple[MetadataIndex, Any]]:
@@ -78,15 +83,15 @@ class StoredItems:
 
     def likely_paths(self, items: Sequence[ReadItem]) -> set[str]:
         """The same, found at once where there are as many items as records: it may name files that are not needed."""
-        if self._rows is not None:
-            return self.paths(items)
         records = self._records
-        if len(records) == len(items):  # a load of everything, most of the time
+        if self._columns is not None:
+            rows = self._columns[1]
+            if len(rows.path_ids) == len(items):  # a load of everything, most of the time
+                return self.checked_paths(rows.paths[path_id] for path_id in np.unique(rows.path_ids).tolist())
+        elif len(records) == len(items):
             found = {getattr(info, "relative_path", None) for info in records.values()}
             if all(isinstance(path, str) for path in found):
-                for path in found:
-                    self._check_inside(str(path), "")
-                return {str(path) for path in found}
+                return self.checked_paths(map(str, found))
         return self.paths(items)
 
     def find(self, index: MetadataIndex) -> StoredItem:

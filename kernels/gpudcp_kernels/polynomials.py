@@ -24,25 +24,30 @@ STATE_WORDS = 32
 """The degree: how many remainders a lane of the kernel holds."""
 
 _ONE = np.uint32(1 << 31)
+_DIGIT = 11  # bits: three make an exponent
+_BITS = np.arange(32, dtype=np.uint64)
+_BYTES = 8 * np.arange(4, dtype=np.uint64)
 _ORDER = (1 << 32) - 1
 
 
 def multiply(a: UInt32s, b: UInt32s) -> UInt32s:
     """Products, element by element, broadcast."""
-    product = np.zeros(np.broadcast_shapes(a.shape, b.shape), np.uint32)
-    for bit in range(32):
-        product = _times_x(product) ^ (b * ((a >> np.uint32(bit)) & np.uint32(1)))
-    return product
+    # A bit more to the right is a power of x more: x^32 and more is in the lower half of the product, and is divided.
+    bits = (a[..., None] >> _BITS) & np.uint64(1)
+    product = np.bitwise_xor.reduce(bits * (b[..., None].astype(np.uint64) << _BITS), axis=-1) << np.uint64(1)
+    places = (product[..., None] >> _BYTES) & np.uint64(0xFF)
+    divided: UInt32s = np.bitwise_xor.reduce(_times_x_to_32()[np.arange(4), places], axis=-1)
+    divided ^= (product >> np.uint64(32)).astype(np.uint32)
+    return divided
 
 
 def power_of_x(exponents: Int64s) -> UInt32s:
     """x to each exponent. Every different one is worked out once."""
     different, places = np.unique(exponents % _ORDER, return_inverse=True)
-    power = _byte_powers()[0][different & 0xFF]
-    for place in range(1, 4):
-        digits = (different >> (8 * place)) & 0xFF
-        if digits.any():
-            power = multiply(power, _byte_powers()[place][digits])
+    low, middle, high = (
+        table[different >> (_DIGIT * place) & ((1 << _DIGIT) - 1)] for place, table in enumerate(_powers())
+    )
+    power = multiply(multiply(low, middle), high)
     powers: UInt32s = power[places.reshape(exponents.shape)]
     return powers
 
@@ -78,13 +83,22 @@ def _times_x(a: UInt32s) -> UInt32s:
 
 
 @cache
-def _byte_powers() -> UInt32s:
-    """(4, 256): x^(byte << 8 * place)."""
-    powers = np.empty((4, 256), np.uint32)
+def _times_x_to_32() -> UInt32s:
+    """(4, 256): what each byte of a word counts, at each of its places, when the word is multiplied by x^32."""
+    words = np.arange(256, dtype=np.uint32) << np.array([[0], [8], [16], [24]], np.uint32)
+    for _ in range(32):
+        words = _times_x(words)
+    return words
+
+
+@cache
+def _powers() -> list[UInt32s]:
+    """x to each digit of an exponent, (2048,) for each of its three places."""
+    tables = []
     step = np.array([_ONE >> np.uint32(1)])  # x
-    for place in range(4):
-        powers[place, 0] = _ONE
-        for byte in range(1, 256):
-            powers[place, byte] = multiply(powers[place, byte - 1 : byte], step)[0]
-        step = multiply(powers[place, 255:], step)
-    return powers
+    for _ in range(3):
+        table = np.array([_ONE])
+        for _ in range(_DIGIT):
+            table, step = np.concatenate((table, multiply(table, step))), multiply(step, step)
+        tables.append(table)
+    return tables

@@ -282,7 +282,6 @@ def _bar(machine: Machine, instruction: Instruction, _number: str) -> None:
         raise PtxError("some threads of a block are missing")
 
 
-_INTEGERS = ("s32", "s64", "u32")
 _BITS = ("b16", "b32", "b64", "pred")
 
 OPERATIONS: dict[str, Operation] = {
